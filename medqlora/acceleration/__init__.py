@@ -1,0 +1,28 @@
+"""Speed and memory. Nothing here changes a result beyond rounding."""
+
+from medqlora.acceleration.attention import (
+    PACKED_ATTENTION,
+    cover_padding,
+    packed_attention,
+    use_packed_attention,
+)
+from medqlora.acceleration.backbone import (
+    find_backbone,
+    hidden_states,
+    last_hidden,
+    prepare_for_training,
+)
+from medqlora.acceleration.compilation import compile_backbone, compile_mode
+
+__all__ = [
+    "PACKED_ATTENTION",
+    "compile_backbone",
+    "compile_mode",
+    "cover_padding",
+    "find_backbone",
+    "hidden_states",
+    "last_hidden",
+    "packed_attention",
+    "prepare_for_training",
+    "use_packed_attention",
+]

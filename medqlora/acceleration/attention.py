@@ -1,0 +1,212 @@
+"""Attention over a packed row: each question sees itself only.
+
+On CUDA in 16 bit this is `torch.nn.attention.varlen.varlen_attn`; elsewhere the questions are laid
+out as a padded batch for `scaled_dot_product_attention` and put back. Both hide behind one name in
+transformers' registry, so the modelling code of Gemma stays upstream's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from medqlora.errors import ModelError
+
+PACKED_ATTENTION = "medqlora_packed"
+"""Name of this attention in transformers' registry."""
+
+_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
+# torch 2.11 has a flag for causal attention, later versions a window of (left, right) tokens.
+_CAUSAL: dict[str, Any] = (
+    {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}
+)
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Switch a model to packed attention, in place.
+
+    Afterwards it must be called through `hidden_states` or `last_hidden`;
+    `model.set_attn_implementation("sdpa")` switches back for ordinary batches.
+
+    Args:
+        model: A Gemma, with or without an adapter around it.
+
+    Raises:
+        ModelError: If its attention has a window, a logit bound or dropout, which packed rows lack.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    assert isinstance(base, PreTrainedModel)
+    for option in ("sliding_window", "attn_logit_softcapping", "attention_dropout"):
+        value = getattr(base.config, option, None)
+        if value:
+            raise ModelError(
+                f"model.path={base.config.name_or_path} has {option}={value}, which packed "
+                "attention does not carry. Choose a first-generation Gemma: model=gemma_2b."
+            )
+    base.set_attn_implementation(PACKED_ATTENTION)
+
+
+def cover_padding(
+    cu_seqlens: Int[Tensor, " boundary"], num_tokens: int, max_length: int
+) -> Int[Tensor, " covered"]:
+    """Boundaries under which the padding behind the last question forms questions of its own.
+
+    The CUDA kernel leaves what lies outside every question uninitialised, forward and backward;
+    a NaN there would reach the weights' gradients as 0 * NaN.
+
+    Args:
+        cu_seqlens: Start of each question, then the end of the last one, repeated.
+        num_tokens: Tokens of the row with its padding.
+        max_length: Upper bound of a question's length; the padding is cut into pieces of it.
+
+    Returns:
+        The boundaries, then as many more as the longest possible padding needs; the last one is
+        `num_tokens`.
+    """
+    pieces = torch.arange(1, -(-num_tokens // max_length) + 1, device=cu_seqlens.device)
+    ends = cu_seqlens[-1] + pieces * max_length
+    return torch.cat([cu_seqlens, ends.clamp(max=num_tokens)]).to(cu_seqlens.dtype)
+
+
+def packed_attention(
+    query: Float[Tensor, "token head width"],
+    key: Float[Tensor, "token kv_head width"],
+    value: Float[Tensor, "token kv_head width"],
+    cu_seqlens: Int[Tensor, " boundary"],
+    max_length: int,
+    scale: float | None = None,
+) -> Float[Tensor, "token head width"]:
+    """Causal attention within each question of a packed row.
+
+    Args:
+        query: Queries of all tokens.
+        key: Keys; each is shared by `head / kv_head` query heads.
+        value: Values, shared like the keys.
+        cu_seqlens: Start of each question, then the end of the last one; int32.
+        max_length: Upper bound of a question's length in tokens.
+        scale: Factor on the scores; `width ** -0.5` if None.
+
+    Returns:
+        Attention outputs. Tokens behind the last boundary get zeros, except from the CUDA kernel,
+        which needs boundaries that cover the row (`cover_padding`).
+
+    References:
+        Multi-query attention: Shazeer 2019, arXiv:1911.02150.
+    """
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    # The kernel has no float32 version.
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, cu_seqlens, max_length, scale)
+    return _padded(query, key, value, cu_seqlens, scale)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scale: float | None,
+) -> Tensor:
+    options = dict(_CAUSAL)
+    if scale is not None and "scale" in _VARLEN_PARAMETERS:
+        options["scale"] = scale
+    elif scale is not None:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None
+) -> Tensor:
+    """The same through a batch padded on the right, which causal attention never looks at."""
+    lengths = cu_seqlens.diff()
+    lengths = lengths[lengths > 0].long()
+    num_questions, num_tokens = lengths.numel(), int(lengths.sum())
+    longest = int(lengths.max())
+    question = torch.repeat_interleave(lengths)
+    token = torch.arange(num_tokens, device=query.device)
+    starts = lengths.cumsum(0) - lengths
+    place = question * longest + token - starts[question]
+
+    def lay_out(packed: Tensor) -> Tensor:
+        padded = _Place.apply(packed[:num_tokens], place, num_questions * longest)
+        return padded.unflatten(0, (num_questions, longest)).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        lay_out(query), lay_out(key), lay_out(value), is_causal=True, scale=scale
+    )
+    packed = _Take.apply(out.transpose(1, 2).flatten(0, 1), place)
+    return F.pad(packed, (0, 0, 0, 0, 0, query.shape[0] - num_tokens))
+
+
+class _Place(torch.autograd.Function):
+    """Rows put at distinct places among zeros; autograd's own gradient would add up row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor, num_places: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return rows.new_zeros(num_places, *rows.shape[1:]).index_copy_(0, place, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, place), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Rows taken from distinct places, the inverse of `_Place`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.num_places = rows.shape[0]
+        return rows.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        grad = grad_outputs[0]
+        zeros = grad.new_zeros(ctx.num_places, *grad.shape[1:])
+        return zeros.index_copy_(0, place, grad), None
+
+
+def _packed_attention_forward(
+    module: nn.Module,
+    query: Float[Tensor, "one head token width"],
+    key: Float[Tensor, "one kv_head token width"],
+    value: Float[Tensor, "one kv_head token width"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "one token head width"], None]:
+    if cu_seqlens is None or max_length is None:
+        raise ValueError(
+            f"attention {PACKED_ATTENTION!r} was given no cu_seqlens: it knows packed rows only. "
+            "Call last_hidden of medqlora.acceleration, or set_attn_implementation('sdpa') first."
+        )
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    return packed_attention(query, key, value, cu_seqlens, max_length, scaling)[None], None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """`cu_seqlens` says which token sees which."""
+    return None
+
+
+AttentionInterface.register(PACKED_ATTENTION, _packed_attention_forward)
+AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)

@@ -1,0 +1,162 @@
+"""The transformer without its output head, run over packed rows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from medqlora.acceleration.attention import cover_padding
+from medqlora.schema import PackedBatch
+
+
+def find_backbone(model: nn.Module) -> PreTrainedModel:
+    """The transformer inside a causal language model, inside an adapter or not.
+
+    Args:
+        model: A `PeftModel`, a `GemmaForCausalLM` or already a `GemmaModel`.
+
+    Returns:
+        The module that maps tokens to hidden states, with its adapters, without the output head.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    backbone = getattr(base, "model", base)
+    assert isinstance(backbone, PreTrainedModel)
+    return backbone
+
+
+def hidden_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "token width"]:
+    """Hidden states of every token of a packed row, after the final norm.
+
+    Where the base computes in 16 bit and the adapter is kept in float32, autocast runs the matmuls
+    of the adapter in 16 bit as well; what the base computes is the same with and without it.
+
+    Args:
+        model: As for `find_backbone`, switched over by `use_packed_attention`.
+        batch: One packed row.
+
+    Returns:
+        Hidden states. Those of padding are finite and mean nothing.
+    """
+    backbone = find_backbone(model)
+    embed = backbone.get_input_embeddings()
+    assert isinstance(embed, nn.Module)
+    device = batch.input_ids.device
+    cu_seqlens, position_ids, max_length = batch.cu_seqlens, batch.position_ids, batch.max_length
+    inputs, place = embed(batch.input_ids[None]), None
+    if (prompt := _virtual_tokens(model)) is not None:
+        inputs, position_ids, cu_seqlens, place = _with_virtual_tokens(
+            prompt.to(inputs.dtype), inputs[0], position_ids, cu_seqlens
+        )
+        max_length += prompt.shape[0]
+    if device.type == "cuda":
+        cu_seqlens = cover_padding(cu_seqlens, inputs.shape[1], max_length)
+    half = inputs.dtype if inputs.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    with torch.autocast(device.type, dtype=half, enabled=inputs.dtype == half):
+        output = backbone(
+            inputs_embeds=inputs,
+            position_ids=position_ids[None],
+            # Four dimensions pass through transformers' mask code unread; with None it would
+            # compare positions on the device, and wait for the answer, in every step.
+            attention_mask=inputs.new_zeros(1, 1, 1, 1),
+            use_cache=False,
+            cu_seqlens=cu_seqlens,
+            max_length=max_length,
+        )
+    hidden = output.last_hidden_state[0]
+    return hidden if place is None else hidden.index_select(0, place)
+
+
+def _virtual_tokens(model: nn.Module) -> Float[Tensor, "virtual width"] | None:
+    """Learned embeddings that go before every question, if the adapter has any."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return None
+    return cast(PeftModel, model).get_prompt(batch_size=1)[0]  # type: ignore[index]
+
+
+def _with_virtual_tokens(
+    prompt: Float[Tensor, "virtual width"],
+    inputs: Float[Tensor, "token width"],
+    position_ids: Int[Tensor, " token"],
+    cu_seqlens: Int[Tensor, " boundary"],
+) -> tuple[
+    Float[Tensor, "one longer width"],
+    Int[Tensor, " longer"],
+    Int[Tensor, " boundary"],
+    Int[Tensor, " token"],
+]:
+    """Put a copy of the virtual tokens before every question, also of the empty places.
+
+    Places count as questions whether they are filled or not, so that the shapes stay the same.
+
+    Returns:
+        Embeddings and positions of the longer row, its boundaries, and where each token went.
+    """
+    num_virtual, num_places = prompt.shape[0], cu_seqlens.shape[0] - 1
+    token = torch.arange(inputs.shape[0], device=inputs.device)
+    question = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    place = token + num_virtual * (question.clamp(max=num_places - 1) + 1)
+    shift = num_virtual * torch.arange(num_places + 1, device=inputs.device)
+    longer = (cu_seqlens + shift).to(cu_seqlens.dtype)
+    own = torch.arange(num_virtual, device=inputs.device)
+    virtual = (longer[:-1, None] + own).flatten()
+    total = inputs.shape[0] + num_virtual * num_places
+    embeddings = (
+        inputs.new_zeros(total, inputs.shape[1])
+        .index_copy(0, place, inputs)
+        .index_copy(0, virtual, prompt.repeat(num_places, 1))
+    )
+    positions = (
+        position_ids.new_zeros(total)
+        .index_copy(0, place, position_ids + num_virtual)
+        .index_copy(0, virtual, own.repeat(num_places).to(position_ids.dtype))
+    )
+    return embeddings[None], positions, longer, place
+
+
+def last_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "question width"]:
+    """Hidden state of the last prompt token of each question, from which its answer is read.
+
+    The output head is never run: with Gemma's 256 000 tokens its logits would be the largest
+    tensor of the step.
+
+    Args:
+        model: As for `hidden_states`.
+        batch: One packed row.
+
+    Returns:
+        One hidden state a place; that of an empty place belongs to the row's first token.
+    """
+    return hidden_states(model, batch).index_select(0, batch.last)
+
+
+def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = False) -> None:
+    """Put a model with its adapter into training mode, in place.
+
+    Unlike peft's `prepare_model_for_kbit_training` nothing is upcast: norms compute in float32
+    anyway and the embedding alone would double.
+
+    Args:
+        model: A model whose trainable parameters require gradients already.
+        gradient_checkpointing: Keep only the input of each layer and compute the rest again in the
+            backward pass.
+
+    References:
+        Chen et al. 2016, arXiv:1604.06174.
+    """
+    # Set on the layers: transformers' `gradient_checkpointing_enable` would also
+    # make the embedding's output require a gradient that nobody uses.
+    recompute = partial(checkpoint, use_reentrant=False)
+    for layer in find_backbone(model).modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = gradient_checkpointing
+            layer._gradient_checkpointing_func = recompute  # pyright: ignore[reportArgumentType]
+    model.train()

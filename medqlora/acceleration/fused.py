@@ -1,0 +1,436 @@
+"""Gemma over packed rows with every adapter folded into its 4-bit weight: the fast path on CUDA.
+
+A decoder layer becomes one pure function of tensors, compiled once and called for every layer.
+Four things make it fast. The adapter is added while the weight is dequantised, so that a layer
+costs one matrix product forward and one for the gradient of its input, as if there were no
+adapter. The adapter's own gradients take one pass over the gradient of the output. Rotary
+embedding happens inside attention, which reads the projections as they are. And behind the last
+attention only the tokens that are scored are computed at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medqlora.acceleration.attention import cover_padding
+from medqlora.acceleration.backbone import find_backbone
+from medqlora.schema import PackedBatch
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MIN_RANK = 16
+"""Smallest rank that the matrix units multiply; smaller adapters are padded with zeros."""
+
+FLOAT8_MAX = 448.0
+"""Largest float8_e4m3fn."""
+
+
+class Linear(NamedTuple):
+    """The tensors of one 4-bit layer and its adapter; see `kernels.effective_weight`."""
+
+    packed: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_code: Tensor | None
+    absmax_offset: Tensor | None
+    code: Tensor
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+
+class Layer(NamedTuple):
+    """The tensors of one decoder layer."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is the same in every layer, fixed at compilation.
+
+    Attributes:
+        num_heads: Query heads.
+        head_dim: Width of a head.
+        width: Width of the hidden state.
+        kv_width: Key heads times `head_dim`.
+        mlp_width: Width between the two halves of the MLP.
+        eps: Epsilon of the norms.
+        activation: Approximation of GELU, "tanh" or "none".
+        scaling: `lora_alpha / r`.
+        block_size: Weights that share a constant.
+        weight_scale: Factor that brings the weights into the range of 8-bit floats; 0 for bfloat16.
+    """
+
+    num_heads: int
+    head_dim: int
+    width: int
+    kv_width: int
+    mlp_width: int
+    eps: float
+    activation: str
+    scaling: float
+    block_size: int
+    weight_scale: float = 0.0
+
+
+def why_not_fused(model: nn.Module) -> str | None:
+    """Why a model cannot take the fast path.
+
+    Args:
+        model: A quantised Gemma, with or without an adapter.
+
+    Returns:
+        The reason, to follow "because"; None if it can.
+    """
+    backbone = find_backbone(model)
+    parameter = next(backbone.parameters())
+    if not parameter.is_cuda:
+        return f"the model is on {parameter.device.type}, not on CUDA"
+    if torch.cuda.get_device_capability(parameter.device) < (8, 0):
+        return "the GPU has no bfloat16 matrix units (compute capability below 8.0)"
+    config: Any = backbone.config
+    if config.model_type != "gemma":
+        return f"it is made for Gemma 1, not for {config.model_type}"
+    if config.hidden_act not in ("gelu", "gelu_pytorch_tanh") or config.attention_bias:
+        return "the activation or the attention bias is not Gemma's"
+    scalings = set()
+    for layer in backbone.layers:  # type: ignore[union-attr]
+        for name in LINEARS:
+            module = getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
+            base = getattr(module, "base_layer", module)
+            state = getattr(base.weight, "quant_state", None)
+            if state is None or base.bias is not None:
+                return f"{name} is not stored in 4 bits without bias"
+            out_features, in_features = state.shape
+            if base.compute_dtype != torch.bfloat16 or state.blocksize > 128:
+                return "it computes in bfloat16 with blocks of at most 128 weights"
+            if out_features % 64 or in_features % 128:
+                return f"{name} is {out_features} x {in_features}, not a multiple of 64 x 128"
+            if state.nested and state.state2.blocksize != 256:
+                return "the block constants are not quantised in blocks of 256"
+            reason, scaling = _adapter_of(module)
+            if reason:
+                return reason
+            if scaling is not None:
+                scalings.add(scaling)
+    if len(scalings) > 1:
+        return "the adapter's scaling differs between layers"
+    return None
+
+
+def _adapter_of(module: nn.Module) -> tuple[str | None, float | None]:
+    """Why a layer's adapter cannot be folded, or its scaling; (None, None) without an adapter."""
+    if not hasattr(module, "base_layer"):
+        return None, None
+    if not hasattr(module, "lora_A") or type(module).__name__ not in ("Linear4bit", "Linear"):
+        return f"the adapter is a {type(module).__name__}, not plain LoRA", None
+    adapter: Any = module
+    if list(adapter.lora_A) != ["default"] or adapter.active_adapters != ["default"]:
+        return "there is more than one adapter", None
+    if adapter.disable_adapters or adapter.merged:
+        return "the adapter is switched off or merged", None
+    if adapter.lora_variant or adapter.lora_bias["default"]:
+        return "the adapter is a variant of LoRA", None
+    if not isinstance(adapter.lora_dropout["default"], nn.Identity):
+        return "peft.lora_dropout is not 0", None
+    rank = adapter.r["default"]
+    if rank > 64 or rank & (rank - 1):
+        return f"the rank {rank} is not a power of two up to 64", None
+    return None, float(adapter.scaling["default"])
+
+
+class FusedBackbone:
+    """The fast path of one model; reads its weights in place and copies none.
+
+    Args:
+        model: A model for which `why_not_fused` returns None.
+        compile: Compile the layer function; off only to test against.
+        float8: Multiply in 8-bit floats, scaled by token and by model; gradients of the adapter
+        stay
+            in 16 bit. Faster on Hopper and later; rounds weights and activations to 3 bits of
+            mantissa.
+        gradient_checkpointing: Keep only each layer's input and compute the rest again backwards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        compile: bool = True,
+        float8: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self._backbone: Any = find_backbone(model)
+        config = self._backbone.config
+        scalings, largest, block_size = [0.0], 0.0, 64
+        for module in self._backbone.modules():
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if state is not None:
+                block_size = state.blocksize
+                largest = max(largest, float(_largest_weight(state))) if float8 else 0.0
+            if hasattr(module, "lora_A"):
+                scalings.append(float(module.scaling["default"]))
+        self.sizes = Sizes(
+            num_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            width=config.hidden_size,
+            kv_width=config.num_key_value_heads * config.head_dim,
+            mlp_width=config.intermediate_size,
+            eps=config.rms_norm_eps,
+            activation="tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none",
+            scaling=max(scalings),
+            block_size=block_size,
+            # Twice the largest weight leaves room for what the adapter adds.
+            weight_scale=2.0 ** math.floor(math.log2(FLOAT8_MAX / (2 * largest)))
+            if float8
+            else 0.0,
+        )
+        self.layers = [_layer(layer) for layer in self._backbone.layers]
+        self.gradient_checkpointing = gradient_checkpointing
+        self._run: Callable[..., Tensor] = (
+            torch.compile(decoder_layer, dynamic=False, fullgraph=True)
+            if compile
+            else decoder_layer
+        )
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def last_hidden(self, batch: PackedBatch) -> Float[Tensor, "question width"]:
+        """Hidden state of the last prompt token of each question; see `backbone.last_hidden`."""
+        return self(batch.input_ids, batch.cu_seqlens, batch.last, batch.max_length)
+
+    def __call__(
+        self,
+        input_ids: Int[Tensor, " token"],
+        cu_seqlens: Int[Tensor, " boundary"],
+        last: Int[Tensor, " question"],
+        max_length: int,
+    ) -> Float[Tensor, "question width"]:
+        """The same from the tensors it needs, which is what a CUDA graph is captured of."""
+        boundaries = cover_padding(cu_seqlens, input_ids.shape[0], max_length)
+        cosine, sine = self._rotary(max_length, input_ids.device)
+        hidden = self._backbone.embed_tokens(input_ids[None])[0].to(torch.bfloat16)
+        if torch.is_grad_enabled():
+            # One compilation then serves the first layer as well.
+            hidden = hidden.requires_grad_()
+        for index, layer in enumerate(self.layers):
+            keep = last if index == len(self.layers) - 1 else None
+            arguments = (hidden, layer, boundaries, cosine, sine, keep, self.sizes)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    self._run, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = self._run(*arguments)
+        return rms_norm(hidden, self._backbone.norm.weight, self.sizes.eps)
+
+    def _rotary(self, max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._angles is None or self._angles[0].shape[0] < max_length:
+            frequencies = self._backbone.rotary_emb.inv_freq.float().to(device)
+            angles = torch.arange(max_length, device=device).float()[:, None] * frequencies
+            self._angles = angles.cos().contiguous(), angles.sin().contiguous()
+        return self._angles
+
+
+def rms_norm(
+    hidden: Float[Tensor, "token width"], weight: Float[Tensor, " width"], eps: float
+) -> Float[Tensor, "token width"]:
+    """Gemma's norm: computed in float32, scaled by one plus the weight, rounded at the end.
+
+    References:
+        Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    x = hidden.float()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return (x * (1.0 + weight.float())).to(hidden.dtype)
+
+
+def decoder_layer(
+    hidden: Float[Tensor, "token width"],
+    layer: Layer,
+    boundaries: Int[Tensor, " boundary"],
+    cosine: Float[Tensor, "position half"],
+    sine: Float[Tensor, "position half"],
+    keep: Int[Tensor, " question"] | None,
+    sizes: Sizes,
+) -> Float[Tensor, "kept width"]:
+    """One Gemma decoder layer over a packed row.
+
+    Args:
+        hidden: Hidden states of all tokens.
+        layer: The layer's tensors.
+        boundaries: Start of each question; together they cover the row.
+        cosine: Of the rotary angles.
+        sine: Of the rotary angles.
+        keep: Tokens that are needed behind this layer; None for all. Attention still sees all.
+        sizes: What is fixed.
+
+    Returns:
+        Hidden states of the tokens that are kept.
+    """
+    x = rms_norm(hidden, layer.input_norm, sizes.eps)
+    width = sizes.num_heads * sizes.head_dim
+    query = _linear(x, layer.q, width, sizes.width, sizes)
+    key = _linear(x, layer.k, sizes.kv_width, sizes.width, sizes)
+    value = _linear(x, layer.v, sizes.kv_width, sizes.width, sizes)
+    attended, _ = torch.ops.medqlora.rotary_attention(
+        query, key, value, boundaries, cosine, sine, sizes.num_heads, sizes.head_dim**-0.5
+    )
+    if keep is not None:
+        hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)
+    hidden = hidden + _linear(attended, layer.o, sizes.width, width, sizes)
+    x = rms_norm(hidden, layer.post_norm, sizes.eps)
+    gate = _linear(x, layer.gate, sizes.mlp_width, sizes.width, sizes)
+    up = _linear(x, layer.up, sizes.mlp_width, sizes.width, sizes)
+    inner = F.gelu(gate, approximate=sizes.activation) * up
+    return hidden + _linear(inner, layer.down, sizes.width, sizes.mlp_width, sizes)
+
+
+def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
+    a, b = linear.lora_a, linear.lora_b
+    if a is not None and b is not None:
+        a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
+        short = MIN_RANK - a.shape[0]
+        if short > 0:
+            a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
+    return _FoldedLinear.apply(x, a, b, *linear[:6], out_features, in_features, sizes)
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """`x @ (W + scaling * B A).T`; W is dequantised on the way forward and again on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        packed: Tensor,
+        absmax: Tensor,
+        absmax_scale: Tensor | None,
+        absmax_code: Tensor | None,
+        absmax_offset: Tensor | None,
+        code: Tensor,
+        out_features: int,
+        in_features: int,
+        sizes: Sizes,
+    ) -> Tensor:
+        stored = (packed, absmax, absmax_scale, absmax_code, absmax_offset, code)
+        ctx.save_for_backward(x, lora_a, lora_b, *stored)
+        ctx.fixed = (out_features, in_features, sizes)
+        weight = _weight(stored, lora_a, lora_b, ctx.fixed, transpose=False)
+        return _product(x, weight, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a, lora_b, *stored = ctx.saved_tensors
+        sizes = ctx.fixed[2]
+        grad = grads[0].contiguous()
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            # Row-major operands of the product grad @ weight; 8-bit products want both along the
+            # sum.
+            weight = _weight(tuple(stored), lora_a, lora_b, ctx.fixed, transpose=True)
+            grad_x = _product(grad, weight, sizes)
+        if lora_a is not None and ctx.needs_input_grad[1]:
+            down = x @ lora_a.t()
+            grad_down, grad_b = torch.ops.medqlora.lora_gradient(grad, down, lora_b)
+            grad_a = (grad_down.t() @ x) * sizes.scaling
+            grad_b = (grad_b * sizes.scaling).to(lora_b.dtype)
+        return grad_x, grad_a, grad_b, *([None] * 9)
+
+
+def _weight(
+    stored: tuple[Any, ...],
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    fixed: tuple[int, int, Sizes],
+    *,
+    transpose: bool,
+) -> Tensor:
+    """The effective weight as (output, input) of the product it is for."""
+    out_features, in_features, sizes = fixed
+    float8 = sizes.weight_scale > 0
+    weight = torch.ops.medqlora.effective_weight(
+        *stored,
+        lora_a,
+        lora_b,
+        sizes.scaling,
+        out_features,
+        in_features,
+        sizes.block_size,
+        sizes.weight_scale if float8 else 1.0,
+        float8,
+        transpose and float8,
+    )
+    return weight.t() if transpose and not float8 else weight
+
+
+def _product(x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
+    """`x @ weight.T`, in bfloat16 or with both rounded to 8-bit floats."""
+    if not sizes.weight_scale:
+        return x @ weight.t()
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FLOAT8_MAX
+    rounded = (x.float() / scale).to(torch.float8_e4m3fn)
+    weight_scale = torch.full(
+        (1, weight.shape[0]), 1 / sizes.weight_scale, device=x.device, dtype=torch.float32
+    )
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        rounded,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def _layer(layer: Any) -> Layer:
+    from medqlora.acceleration import kernels  # noqa: F401  registers the operators; CUDA only
+
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        layer.input_layernorm.weight,
+        layer.post_attention_layernorm.weight,
+        *(_stored(getattr(attention if name[0] in "qkvo" else mlp, name)) for name in LINEARS),
+    )
+
+
+def _stored(module: Any) -> Linear:
+    base = getattr(module, "base_layer", module)
+    state = base.weight.quant_state
+    nested = state.nested
+    has_adapter = hasattr(module, "lora_A")
+    return Linear(
+        base.weight.data,
+        state.absmax,
+        state.state2.absmax if nested else None,
+        state.state2.code if nested else None,
+        state.offset if nested else None,
+        state.code,
+        module.lora_A["default"].weight if has_adapter else None,
+        module.lora_B["default"].weight if has_adapter else None,
+    )
+
+
+def _largest_weight(state: Any) -> Tensor:
+    if not state.nested:
+        return state.absmax.max()
+    import bitsandbytes.functional as bnb
+
+    return (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).max()

@@ -1,0 +1,691 @@
+"""Triton kernels for NF4 weights under LoRA and for attention within short questions.
+
+Imported on CUDA only. Each kernel stands behind a `torch.library` operator, so that
+`torch.compile` and CUDA graphs take it as it is; what it computes is stated by the operator's
+docstring and tested against plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Triton reads annotations of a kernel as types of its arguments, so kernels have none but
+# constexpr. ruff: noqa: D103
+
+
+@triton.jit
+def _effective_weight(
+    packed,
+    absmax,
+    absmax_scale,
+    absmax_code,
+    absmax_offset,
+    code,
+    lora_a,
+    lora_b,
+    out,
+    scaling,
+    out_scale,
+    N,
+    K,
+    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    FOLD: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+):
+    row_block, column_block = tl.program_id(0), tl.program_id(1)
+    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = column_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Two weights a byte, the first in the high half.
+    bytes_ = column_block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    byte = tl.load(packed + rows[:, None] * (K // 2) + bytes_[None, :]).to(tl.int32)
+    weight = tl.reshape(
+        tl.join(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))), (BLOCK_N, BLOCK_K)
+    )
+    blocks = column_block * (BLOCK_K // BLOCK) + tl.arange(0, BLOCK_K // BLOCK)
+    block = rows[:, None] * (K // BLOCK) + blocks[None, :]
+    if NESTED:
+        constant = tl.load(absmax_code + tl.load(absmax + block).to(tl.int32))
+        constant = constant * tl.load(absmax_scale + block // 256) + tl.load(absmax_offset)
+    else:
+        constant = tl.load(absmax + block)
+    weight = tl.reshape(
+        tl.reshape(weight, (BLOCK_N, BLOCK_K // BLOCK, BLOCK)) * constant[:, :, None],
+        (BLOCK_N, BLOCK_K),
+    )
+    if FOLD:
+        ranks = tl.arange(0, RANK)
+        b = tl.load(lora_b + rows[:, None] * RANK + ranks[None, :])
+        a = tl.load(lora_a + ranks[:, None] * K + columns[None, :])
+        weight += scaling * tl.dot(b, a)
+    weight = (weight * out_scale).to(out.dtype.element_ty)
+    if TRANSPOSE:
+        tl.store(out + columns[None, :] * N + rows[:, None], weight)
+    else:
+        tl.store(out + rows[:, None] * K + columns[None, :], weight)
+
+
+@torch.library.custom_op("medqlora::effective_weight", mutates_args=())
+def effective_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
+    code: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    out_scale: float,
+    float8: bool,
+    transpose: bool,
+) -> Tensor:
+    """`dequantise(packed) + scaling * lora_b @ lora_a`, rounded once, at the end.
+
+    The base weight lies anywhere between two 16-bit numbers before that rounding, so an adapter
+    whose change is smaller than their distance still moves the right share of the weights.
+
+    Args:
+        packed: 4-bit codes, two a byte, of the row-major (out_features, in_features) weight.
+        absmax: Constant of each block; 8-bit codes where it is quantised again.
+        absmax_scale: Constant of each 256 block constants, or None.
+        absmax_code: The 256 values of those 8-bit codes, or None.
+        absmax_offset: Mean of the block constants, or None.
+        code: The 16 values of the 4-bit codes.
+        lora_a: (rank, in_features), or None without an adapter.
+        lora_b: (out_features, rank), or None.
+        scaling: `lora_alpha / r`.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        block_size: Weights that share a constant.
+        out_scale: Factor on the result, for 8-bit floats.
+        float8: Return float8_e4m3fn instead of bfloat16.
+        transpose: Return (in_features, out_features).
+
+    Returns:
+        The weight in bfloat16 or float8_e4m3fn.
+    """
+    shape = (in_features, out_features) if transpose else (out_features, in_features)
+    dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    block_n, block_k = 32, max(128, block_size)
+    _effective_weight[(out_features // block_n, in_features // block_k)](
+        packed,
+        absmax,
+        absmax if absmax_scale is None else absmax_scale,
+        absmax if absmax_code is None else absmax_code,
+        absmax if absmax_offset is None else absmax_offset,
+        code,
+        code if lora_a is None else lora_a,
+        code if lora_b is None else lora_b,
+        out,
+        scaling,
+        out_scale,
+        out_features,
+        in_features,
+        RANK=16 if lora_a is None else lora_a.shape[0],
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK=block_size,
+        NESTED=absmax_scale is not None,
+        FOLD=lora_a is not None,
+        TRANSPOSE=transpose,
+        num_warps=4,
+    )
+    return out
+
+
+@effective_weight.register_fake
+def _(
+    packed,
+    absmax,
+    absmax_scale,
+    absmax_code,
+    absmax_offset,
+    code,
+    lora_a,
+    lora_b,
+    scaling,
+    out_features,
+    in_features,
+    block_size,
+    out_scale,
+    float8,
+    transpose,
+):
+    shape = (in_features, out_features) if transpose else (out_features, in_features)
+    dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
+    return torch.empty(shape, dtype=dtype, device=packed.device)
+
+
+@triton.jit
+def _lora_gradient(
+    grad,
+    down,
+    lora_b,
+    grad_down,
+    grad_b,
+    T,
+    N,
+    RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    row_block, split = tl.program_id(0), tl.program_id(1)
+    rows = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, RANK)
+    there = rows[:, None] < T
+    h = tl.load(down + rows[:, None] * RANK + ranks[None, :], mask=there, other=0.0)
+    total = tl.zeros((BLOCK_T, RANK), tl.float32)
+    first = split * (N // SPLIT)
+    for i in range(0, N // SPLIT, BLOCK_N):
+        columns = first + i + tl.arange(0, BLOCK_N)
+        d = tl.load(grad + rows[:, None] * N + columns[None, :], mask=there, other=0.0)
+        b = tl.load(lora_b + columns[:, None] * RANK + ranks[None, :])
+        total += tl.dot(d, b)
+        partial = tl.dot(tl.trans(d), h)
+        tl.store(grad_b + (row_block * N + columns)[:, None] * RANK + ranks[None, :], partial)
+    tl.store(grad_down + (split * T + rows)[:, None] * RANK + ranks[None, :], total, mask=there)
+
+
+@torch.library.custom_op("medqlora::lora_gradient", mutates_args=())
+def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """`grad @ lora_b` and `grad.T @ down` in one pass over `grad`, the largest tensor of the step.
+
+    Sums run in a fixed order, so that the same inputs give the same bits.
+
+    Args:
+        grad: Gradient of a layer's output, (token, out_features), contiguous bfloat16.
+        down: What the adapter's first matrix made of the input, (token, rank).
+        lora_b: (out_features, rank).
+
+    Returns:
+        Gradient of `down` in bfloat16, (token, rank), and of `lora_b` in float32, both without the
+        adapter's scaling.
+    """
+    num_tokens, out_features = grad.shape
+    rank = lora_b.shape[1]
+    block_t, block_n = (128, 64) if num_tokens > 1024 else (32, 64)
+    row_blocks = triton.cdiv(num_tokens, block_t)
+    split = max(1, min(out_features // block_n, 264 // row_blocks))
+    while out_features % (split * block_n):
+        split -= 1
+    grad_down = torch.empty((split, num_tokens, rank), dtype=torch.float32, device=grad.device)
+    grad_b = torch.empty((row_blocks, out_features, rank), dtype=torch.float32, device=grad.device)
+    _lora_gradient[(row_blocks, split)](
+        grad,
+        down,
+        lora_b,
+        grad_down,
+        grad_b,
+        num_tokens,
+        out_features,
+        RANK=rank,
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+        SPLIT=split,
+        num_warps=4,
+        num_stages=3,
+    )
+    return grad_down.sum(0).to(grad.dtype), grad_b.sum(0)
+
+
+@lora_gradient.register_fake
+def _(grad, down, lora_b):
+    return (
+        torch.empty((grad.shape[0], lora_b.shape[1]), dtype=grad.dtype, device=grad.device),
+        torch.empty(lora_b.shape, dtype=torch.float32, device=grad.device),
+    )
+
+
+@triton.jit
+def _rotated(base, rows, head, stride, cosine, sine, position, there, HALF: tl.constexpr):
+    half = tl.arange(0, HALF)
+    where = base + rows[:, None] * stride + head * 2 * HALF + half[None, :]
+    first = tl.load(where, mask=there[:, None], other=0.0).to(tl.float32)
+    second = tl.load(where + HALF, mask=there[:, None], other=0.0).to(tl.float32)
+    angle = position[:, None] * HALF + half[None, :]
+    c = tl.load(cosine + angle, mask=there[:, None], other=0.0)
+    s = tl.load(sine + angle, mask=there[:, None], other=0.0)
+    return (first * c - second * s).to(tl.bfloat16), (second * c + first * s).to(tl.bfloat16)
+
+
+@triton.jit
+def _store_unrotated(
+    base, first, second, rows, head, stride, cosine, sine, position, there, HALF: tl.constexpr
+):
+    half = tl.arange(0, HALF)
+    angle = position[:, None] * HALF + half[None, :]
+    c = tl.load(cosine + angle, mask=there[:, None], other=0.0)
+    s = tl.load(sine + angle, mask=there[:, None], other=0.0)
+    where = base + rows[:, None] * stride + head * 2 * HALF + half[None, :]
+    out = base.dtype.element_ty
+    tl.store(where, (first * c + second * s).to(out), mask=there[:, None])
+    tl.store(where + HALF, (second * c - first * s).to(out), mask=there[:, None])
+
+
+@triton.jit
+def _attention_forward(
+    query,
+    key,
+    value,
+    out,
+    log_sum,
+    boundaries,
+    cosine,
+    sine,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    question, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(boundaries + question)
+    length = tl.load(boundaries + question + 1) - start
+    width = tl.arange(0, 2 * HALF)
+    kv_stride = HEADS // GROUP * 2 * HALF
+    for q0 in range(0, length, BLOCK_Q):
+        q_position = q0 + tl.arange(0, BLOCK_Q)
+        q_there = q_position < length
+        q1, q2 = _rotated(
+            query,
+            start + q_position,
+            head,
+            HEADS * 2 * HALF,
+            cosine,
+            sine,
+            q_position,
+            q_there,
+            HALF,
+        )
+        maximum = tl.full((BLOCK_Q,), -1e30, tl.float32)
+        total = tl.zeros((BLOCK_Q,), tl.float32)
+        result = tl.zeros((BLOCK_Q, 2 * HALF), tl.float32)
+        for k0 in range(0, tl.minimum(q0 + BLOCK_Q, length), BLOCK_K):
+            k_position = k0 + tl.arange(0, BLOCK_K)
+            k_there = k_position < length
+            k1, k2 = _rotated(
+                key,
+                start + k_position,
+                head // GROUP,
+                kv_stride,
+                cosine,
+                sine,
+                k_position,
+                k_there,
+                HALF,
+            )
+            v = tl.load(
+                value
+                + (start + k_position)[:, None] * kv_stride
+                + (head // GROUP) * 2 * HALF
+                + width[None, :],
+                mask=k_there[:, None],
+                other=0.0,
+            )
+            score = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
+            seen = (k_position[None, :] <= q_position[:, None]) & k_there[None, :]
+            score = tl.where(seen, score, -1e30)
+            new_maximum = tl.maximum(maximum, tl.max(score, 1))
+            probability = tl.where(seen, tl.exp(score - new_maximum[:, None]), 0.0)
+            shrink = tl.exp(maximum - new_maximum)
+            total = total * shrink + tl.sum(probability, 1)
+            result = result * shrink[:, None] + tl.dot(probability.to(tl.bfloat16), v)
+            maximum = new_maximum
+        result = result / total[:, None]
+        tl.store(
+            out
+            + (start + q_position)[:, None] * (HEADS * 2 * HALF)
+            + head * 2 * HALF
+            + width[None, :],
+            result.to(tl.bfloat16),
+            mask=q_there[:, None],
+        )
+        tl.store(
+            log_sum + (start + q_position) * HEADS + head, maximum + tl.log(total), mask=q_there
+        )
+
+
+@triton.jit
+def _attention_backward_query(
+    query,
+    key,
+    value,
+    out,
+    grad_out,
+    log_sum,
+    delta,
+    grad_query,
+    boundaries,
+    cosine,
+    sine,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    question, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(boundaries + question)
+    length = tl.load(boundaries + question + 1) - start
+    width = tl.arange(0, 2 * HALF)
+    q_stride = HEADS * 2 * HALF
+    kv_stride = HEADS // GROUP * 2 * HALF
+    for q0 in range(0, length, BLOCK_Q):
+        q_position = q0 + tl.arange(0, BLOCK_Q)
+        q_there = q_position < length
+        q_rows = start + q_position
+        where = q_rows[:, None] * q_stride + head * 2 * HALF + width[None, :]
+        o = tl.load(out + where, mask=q_there[:, None], other=0.0)
+        d = tl.load(grad_out + where, mask=q_there[:, None], other=0.0)
+        row_delta = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
+        tl.store(delta + q_rows * HEADS + head, row_delta, mask=q_there)
+        lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
+        q1, q2 = _rotated(query, q_rows, head, q_stride, cosine, sine, q_position, q_there, HALF)
+        grad1 = tl.zeros((BLOCK_Q, HALF), tl.float32)
+        grad2 = tl.zeros((BLOCK_Q, HALF), tl.float32)
+        for k0 in range(0, tl.minimum(q0 + BLOCK_Q, length), BLOCK_K):
+            k_position = k0 + tl.arange(0, BLOCK_K)
+            k_there = k_position < length
+            k1, k2 = _rotated(
+                key,
+                start + k_position,
+                head // GROUP,
+                kv_stride,
+                cosine,
+                sine,
+                k_position,
+                k_there,
+                HALF,
+            )
+            v = tl.load(
+                value
+                + (start + k_position)[:, None] * kv_stride
+                + (head // GROUP) * 2 * HALF
+                + width[None, :],
+                mask=k_there[:, None],
+                other=0.0,
+            )
+            score = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
+            seen = (k_position[None, :] <= q_position[:, None]) & k_there[None, :]
+            probability = tl.where(seen, tl.exp(score - lse[:, None]), 0.0)
+            slope = probability * (tl.dot(d, tl.trans(v)) - row_delta[:, None]) * scale
+            slope = slope.to(tl.bfloat16)
+            grad1 += tl.dot(slope, k1)
+            grad2 += tl.dot(slope, k2)
+        _store_unrotated(
+            grad_query,
+            grad1,
+            grad2,
+            q_rows,
+            head,
+            q_stride,
+            cosine,
+            sine,
+            q_position,
+            q_there,
+            HALF,
+        )
+
+
+@triton.jit
+def _attention_backward_key(
+    query,
+    key,
+    value,
+    grad_out,
+    log_sum,
+    delta,
+    grad_key,
+    grad_value,
+    boundaries,
+    cosine,
+    sine,
+    scale,
+    T,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Query heads of one key head are summed in PARTS programs, whose results are added up
+    # afterwards.
+    question, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(boundaries + question)
+    length = tl.load(boundaries + question + 1) - start
+    width = tl.arange(0, 2 * HALF)
+    q_stride = HEADS * 2 * HALF
+    kv_stride = HEADS // GROUP * 2 * HALF
+    grad_key += part * T * kv_stride
+    grad_value += part * T * kv_stride
+    for k0 in range(0, length, BLOCK_K):
+        k_position = k0 + tl.arange(0, BLOCK_K)
+        k_there = k_position < length
+        k_rows = start + k_position
+        k1, k2 = _rotated(key, k_rows, kv_head, kv_stride, cosine, sine, k_position, k_there, HALF)
+        where = k_rows[:, None] * kv_stride + kv_head * 2 * HALF + width[None, :]
+        v = tl.load(value + where, mask=k_there[:, None], other=0.0)
+        grad1 = tl.zeros((BLOCK_K, HALF), tl.float32)
+        grad2 = tl.zeros((BLOCK_K, HALF), tl.float32)
+        grad_v = tl.zeros((BLOCK_K, 2 * HALF), tl.float32)
+        for i in range(GROUP // PARTS):
+            head = kv_head * GROUP + part * (GROUP // PARTS) + i
+            for q0 in range(k0 // BLOCK_Q * BLOCK_Q, length, BLOCK_Q):
+                q_position = q0 + tl.arange(0, BLOCK_Q)
+                q_there = q_position < length
+                q_rows = start + q_position
+                q1, q2 = _rotated(
+                    query, q_rows, head, q_stride, cosine, sine, q_position, q_there, HALF
+                )
+                d = tl.load(
+                    grad_out + q_rows[:, None] * q_stride + head * 2 * HALF + width[None, :],
+                    mask=q_there[:, None],
+                    other=0.0,
+                )
+                lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
+                row_delta = tl.load(delta + q_rows * HEADS + head, mask=q_there, other=0.0)
+                score = (tl.dot(k1, tl.trans(q1)) + tl.dot(k2, tl.trans(q2))) * scale
+                seen = (k_position[:, None] <= q_position[None, :]) & q_there[None, :]
+                probability = tl.where(seen, tl.exp(score - lse[None, :]), 0.0)
+                grad_v += tl.dot(probability.to(tl.bfloat16), d)
+                slope = probability * (tl.dot(v, tl.trans(d)) - row_delta[None, :]) * scale
+                slope = slope.to(tl.bfloat16)
+                grad1 += tl.dot(slope, q1)
+                grad2 += tl.dot(slope, q2)
+        _store_unrotated(
+            grad_key,
+            grad1,
+            grad2,
+            k_rows,
+            kv_head,
+            kv_stride,
+            cosine,
+            sine,
+            k_position,
+            k_there,
+            HALF,
+        )
+        tl.store(grad_value + where, grad_v.to(grad_value.dtype.element_ty), mask=k_there[:, None])
+
+
+@torch.library.custom_op("medqlora::rotary_attention", mutates_args=())
+def rotary_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding and causal attention within each question of a packed row.
+
+    Reads the projections as they come out of their matrix products: no transposed or rotated copy,
+    no repeated key head. Made for questions of tens to hundreds of tokens: a program takes a whole
+    one.
+
+    Args:
+        query: (token, num_heads * width), bfloat16, not yet rotated.
+        key: (token, kv_head * width), not yet rotated.
+        value: (token, kv_head * width).
+        boundaries: Start of each question, then the end of the last, repeated; int32. Together they
+            must cover every token.
+        cosine: (position, width / 2) of the rotary angles, float32.
+        sine: Likewise.
+        num_heads: Query heads.
+        scale: Factor on the scores.
+
+    Returns:
+        The attention output, (token, num_heads * width), and the log-sum-exp of the scores,
+        (token, num_heads) in float32, for the backward pass.
+
+    References:
+        Rotary embedding: Su et al. 2021, arXiv:2104.09864. Online softmax: Dao et al. 2022,
+        arXiv:2205.14135.
+    """
+    out = torch.empty_like(query)
+    log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
+    group = query.shape[1] // key.shape[1]
+    _attention_forward[(boundaries.numel() - 1, num_heads)](
+        query,
+        key,
+        value,
+        out,
+        log_sum,
+        boundaries,
+        cosine,
+        sine,
+        scale,
+        HEADS=num_heads,
+        GROUP=group,
+        HALF=cosine.shape[1],
+        BLOCK_Q=64,
+        BLOCK_K=32,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out, log_sum
+
+
+@rotary_attention.register_fake
+def _(query, key, value, boundaries, cosine, sine, num_heads, scale):
+    log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
+    return torch.empty_like(query), log_sum
+
+
+@torch.library.custom_op("medqlora::rotary_attention_backward", mutates_args=())
+def rotary_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    boundaries: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `rotary_attention` for query, key and value, summed in a fixed order."""
+    grad_query = torch.empty_like(query)
+    delta = torch.empty_like(log_sum)
+    group = query.shape[1] // key.shape[1]
+    parts = 4 if group % 4 == 0 else 1
+    grad_key = torch.empty((parts, *key.shape), dtype=torch.float32, device=key.device)
+    grad_value = torch.empty_like(grad_key)
+    num_questions = boundaries.numel() - 1
+    _attention_backward_query[(num_questions, num_heads)](
+        query,
+        key,
+        value,
+        out,
+        grad_out,
+        log_sum,
+        delta,
+        grad_query,
+        boundaries,
+        cosine,
+        sine,
+        scale,
+        HEADS=num_heads,
+        GROUP=group,
+        HALF=cosine.shape[1],
+        BLOCK_Q=64,
+        BLOCK_K=32,
+        num_warps=8,
+        num_stages=1,
+    )
+    _attention_backward_key[(num_questions, num_heads // group, parts)](
+        query,
+        key,
+        value,
+        grad_out,
+        log_sum,
+        delta,
+        grad_key,
+        grad_value,
+        boundaries,
+        cosine,
+        sine,
+        scale,
+        query.shape[0],
+        HEADS=num_heads,
+        GROUP=group,
+        PARTS=parts,
+        HALF=cosine.shape[1],
+        BLOCK_Q=32,
+        BLOCK_K=64,
+        num_warps=8,
+        num_stages=1,
+    )
+    return grad_query, grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+
+
+@rotary_attention_backward.register_fake
+def _(grad_out, query, key, value, out, log_sum, boundaries, cosine, sine, num_heads, scale):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx, inputs, output):
+    query, key, value, boundaries, cosine, sine, num_heads, scale = inputs
+    out, log_sum = output
+    ctx.save_for_backward(query, key, value, out, log_sum, boundaries, cosine, sine)
+    ctx.num_heads, ctx.scale = num_heads, scale
+
+
+def _attention_gradient(ctx, grad_out, grad_log_sum):
+    query, key, value, out, log_sum, boundaries, cosine, sine = ctx.saved_tensors
+    grads = rotary_attention_backward(
+        grad_out.contiguous(),
+        query,
+        key,
+        value,
+        out,
+        log_sum,
+        boundaries,
+        cosine,
+        sine,
+        ctx.num_heads,
+        ctx.scale,
+    )
+    return (*grads, None, None, None, None, None)
+
+
+rotary_attention.register_autograd(_attention_gradient, setup_context=_keep)

@@ -1,0 +1,39 @@
+"""What a user can do wrong, as exceptions with one-line messages.
+
+Every message says what was given, why it cannot work, and what to type instead. Entry points print
+it without a traceback and exit with `exit_code`.
+"""
+
+
+class MedQLoRAError(Exception):
+    """A failure that was foreseen; its message is one line meant for the user."""
+
+    exit_code = 1
+
+
+class ConfigError(MedQLoRAError):
+    """An option that cannot work or cannot take effect."""
+
+    exit_code = 2
+
+
+class DataError(MedQLoRAError):
+    """A data set that cannot be read or contradicts itself; names the file and the row."""
+
+    exit_code = 2
+
+
+class ModelError(MedQLoRAError):
+    """A base model or tokenizer that cannot be found, reached or used."""
+
+    exit_code = 2
+
+
+class CheckpointError(MedQLoRAError):
+    """A checkpoint or run folder that is damaged or belongs to something else."""
+
+    exit_code = 2
+
+
+class TrainingError(MedQLoRAError):
+    """A run that started and could not go on, such as one with an infinite loss."""

@@ -1,0 +1,502 @@
+"""What watches a run: speed, memory, guards against silent failure, a graceful end."""
+
+from __future__ import annotations
+
+import logging
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from torch import Tensor
+
+from medqlora.errors import TrainingError
+from medqlora.finetuning.checkpoints import RunCheckpoints, between_updates
+from medqlora.schema import PackedBatch
+
+log = logging.getLogger(__name__)
+
+
+class Throughput(Callback):
+    """Questions and tokens a second of training, without waiting for the device in between.
+
+    The clock stops during validation and starts after `warmup_steps` rows, which hold compilation.
+    It waits for the device only where it starts and stops.
+
+    Args:
+        warmup_steps: Rows left out at the start.
+    """
+
+    def __init__(self, warmup_steps: int = 3) -> None:
+        self.warmup_steps = warmup_steps
+        self.num_questions = 0
+        self.num_tokens = 0
+        self.num_places = 0
+        self._rows = 0
+        self._timed_questions = 0
+        self._timed_tokens = 0
+        self._seconds = 0.0
+        self._started: float | None = None
+        self._num_steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rows of this process are counted from here."""
+        self._rows = 0
+        self._started = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        """Start the clock once the first rows are done."""
+        if self._started is None and self._rows >= self.warmup_steps:
+            self._start(pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+    ) -> None:
+        """Count a row; log the rates at Lightning's interval."""
+        self._rows += 1
+        self._num_steps = trainer.global_step
+        self.num_questions += batch.num_questions
+        self.num_tokens += batch.num_tokens
+        self.num_places += batch.input_ids.shape[0]
+        if self._started is not None:
+            self._timed_questions += batch.num_questions
+            self._timed_tokens += batch.num_tokens
+            if between_updates(trainer):
+                for name in ("questions_per_second", "tokens_per_second"):
+                    pl_module.log(f"train/{name}", getattr(self, name) or 0.0, batch_size=1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stop(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stop(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop the clock without asking a device that may have failed."""
+        if self._started is not None:
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds on the clock."""
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._seconds + running
+
+    @property
+    def questions_per_second(self) -> float | None:
+        """Questions trained on a second, by this process; None before the clock started."""
+        return self._timed_questions / self.seconds if self._timed_questions else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of those questions a second, padding not counted."""
+        return self._timed_tokens / self.seconds if self._timed_tokens else None
+
+    @property
+    def fill_fraction(self) -> float | None:
+        """Share of the row places that held a token."""
+        return self.num_tokens / self.num_places if self.num_places else None
+
+    def summary(self) -> dict[str, float | int | None]:
+        """The numbers of `train` in metrics.json that this callback knows."""
+        return {
+            "num_steps": self._num_steps,
+            "num_questions": self.num_questions,
+            "questions_per_second": self.questions_per_second,
+            "tokens_per_second": self.tokens_per_second,
+            "fill_fraction": self.fill_fraction,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and seconds, so that a resumed run reports the whole of it."""
+        return {
+            "num_questions": self.num_questions,
+            "num_tokens": self.num_tokens,
+            "num_places": self.num_places,
+            "timed_questions": self._timed_questions,
+            "timed_tokens": self._timed_tokens,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the counts of the earlier part."""
+        self.num_questions = state_dict["num_questions"]
+        self.num_tokens = state_dict["num_tokens"]
+        self.num_places = state_dict["num_places"]
+        self._timed_questions = state_dict["timed_questions"]
+        self._timed_tokens = state_dict["timed_tokens"]
+        self._seconds = state_dict["seconds"]
+
+    def _start(self, pl_module: LightningModule) -> None:
+        _wait(pl_module)
+        self._started = time.perf_counter()
+
+    def _stop(self, pl_module: LightningModule) -> None:
+        if self._started is not None:
+            _wait(pl_module)
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
+
+
+class PeakMemory(Callback):
+    """The most memory that training held: allocated on the GPU, or resident in main memory."""
+
+    def __init__(self) -> None:
+        self.peak_memory_gb: float | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what loading took."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read it before validation can raise it."""
+        self._read(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read it at the end."""
+        self._read(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Read it when the run fails."""
+        self._read(trainer, pl_module)
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.peak_memory_gb = max(self.peak_memory_gb or 0.0, peak_memory_gb(pl_module.device))
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB of 10^9 bytes: torch's allocator on a GPU, else the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class NaNGuard(Callback):
+    """Stops a run whose loss is infinite or NaN and names the questions of the row.
+
+    Losses are looked at every `every_n_rows` rows and before every checkpoint, in one transfer, so
+    that no step waits for the device and no checkpoint is written after the failure.
+
+    Args:
+        question_ids: Identifier of each training question by its row number.
+        every_n_rows: Rows between two looks.
+    """
+
+    def __init__(self, question_ids: Sequence[str] = (), every_n_rows: int = 50) -> None:
+        self.question_ids = question_ids
+        self.every_n_rows = every_n_rows
+        self._recent: list[tuple[int, Tensor, Tensor]] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+    ) -> None:
+        """Remember the loss and the row, on the device."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self._recent.append((trainer.global_step, loss.detach(), batch.index))
+        if len(self._recent) >= self.every_n_rows:
+            self.check()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Nothing is saved after a bad row, nor weights that a bad gradient has spoilt.
+
+        Raises:
+            TrainingError: If a loss or a trained weight is not finite.
+        """
+        self.check()
+        state = {n: t for n, t in checkpoint["state_dict"].items() if t.numel()}
+        if not state:
+            return
+        finite = torch.stack([t.isfinite().all() for t in state.values()]).tolist()
+        if not all(finite):
+            name = list(state)[finite.index(False)]
+            raise TrainingError(
+                f"{finite.count(False)} trained tensors are not finite at step "
+                f"{trainer.global_step}, such as {name}, though the loss still was; the last good "
+                "checkpoint is kept. Lower optimizer.lr or trainer.gradient_clip_val."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the last rows."""
+        self.check()
+
+    def check(self) -> None:
+        """Look at the rows since the last look.
+
+        Raises:
+            TrainingError: If a loss was not finite.
+        """
+        recent, self._recent = self._recent, []
+        if not recent:
+            return
+        finite = torch.stack([loss for _, loss, _ in recent]).isfinite().tolist()
+        if all(finite):
+            return
+        step, loss, index = recent[finite.index(False)]
+        ids = [self._name(i) for i in index.tolist() if i >= 0]
+        log.error(
+            "the loss was %s at step %d on the questions %s", loss.item(), step, ", ".join(ids)
+        )
+        raise TrainingError(
+            f"the loss became {loss.item()} at step {step}, on a row of {len(ids)} questions from "
+            f"{ids[0]} to {ids[-1]} (all in train.log); the last good checkpoint is kept. Lower "
+            "optimizer.lr or trainer.gradient_clip_val, or audit the data: python -m "
+            "medqlora.audit."
+        )
+
+    def _name(self, index: int) -> str:
+        return self.question_ids[index] if index < len(self.question_ids) else str(index)
+
+
+class GradientGuard(Callback):
+    """Stops a run in its first step if a trainable tensor receives no gradient.
+
+    A tensor counts as reached if its gradient exists; of the tensors of one adapted module at least
+    one must be other than zero (at the start only `lora_B` is: `lora_A` is multiplied by its
+    zeros).
+    """
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look again in every fit, also after a resume."""
+        self._checked = False
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look once.
+
+        Raises:
+            TrainingError: If a tensor was not reached.
+        """
+        if not self._checked:
+            self._checked = True
+            check_gradients(pl_module)
+
+
+def check_gradients(module: torch.nn.Module) -> None:
+    """Refuse a model whose backward pass did not reach every trainable tensor.
+
+    Args:
+        module: A model after its first backward pass.
+
+    Raises:
+        TrainingError: If a trainable tensor has no gradient, or a whole adapted module has zeros
+            only.
+    """
+    trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad and p.numel()]
+    unreached = [name for name, p in trainable if p.grad is None]
+    if not unreached:
+        groups: dict[str, list[Tensor]] = {}
+        for name, p in trainable:
+            assert p.grad is not None
+            groups.setdefault(_adapted_module(name), []).append(p.grad.abs().sum())
+        names = list(groups)
+        reached = torch.stack([torch.stack(sums).sum() for sums in groups.values()]).ne(0).tolist()
+        unreached = [name for name, ok in zip(names, reached, strict=True) if not ok]
+    if unreached:
+        shown = ", ".join(unreached[:4]) + (", ..." if len(unreached) > 4 else "")
+        log.error("no gradient reached %s", ", ".join(unreached))
+        raise TrainingError(
+            f"{len(unreached)} trainable tensors or modules received no gradient in the first "
+            f"step: {shown} (all in train.log). They would stay as they are; check "
+            "peft.target_modules."
+        )
+
+
+def _adapted_module(name: str) -> str:
+    return re.split(r"\.(?:lora|vera|ia3|oft|ln_tuning|hira|road|randlora)_", name)[0]
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run that was asked to stop, after it saved its state.
+
+    Attributes:
+        exit_code: 128 + the number of the signal, as a shell reports it.
+    """
+
+    def __init__(self, signal_number: int, detail: str) -> None:
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}: {detail}")
+
+
+class _StopNow(Exception):
+    """Leaves Lightning's loop at once; a KeyboardInterrupt would end the process there."""
+
+
+class GracefulStop(Callback):
+    """On Ctrl-C or SIGTERM saves `last.ckpt` after the update under way, then ends the run.
+
+    A second signal ends it at once. Run through `fit`, which turns the end into `RunInterrupted`.
+
+    Args:
+        checkpoints: Writes the checkpoint.
+    """
+
+    def __init__(self, checkpoints: RunCheckpoints | None = None) -> None:
+        self.checkpoints = checkpoints
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over from Lightning's handlers, which stop without a checkpoint."""
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Stop between two updates."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A validation in mid-training is given up: the state before it is what gets resumed."""
+        if self.received is not None and trainer.state.fn == "fit":
+            raise _StopNow
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after a validation."""
+        if trainer.state.fn == "fit":
+            self._stop_if_asked(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the handlers back."""
+        self._restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the handlers back."""
+        self._restore()
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if self.received is None or not between_updates(trainer):
+            return
+        if self.checkpoints is not None:
+            self.checkpoints.save_last(trainer)
+        raise _StopNow
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        log.warning(
+            "%s: saving a checkpoint after this update; again to stop at once",
+            signal.Signals(number).name,
+        )
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def fit(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    *,
+    ckpt_path: str | None = None,
+    **dataloaders: Any,
+) -> None:
+    """`trainer.fit` with weights-only loading, in which a signal ends as an exception.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        datamodule: The data module.
+        ckpt_path: Checkpoint to resume from.
+        dataloaders: `train_dataloaders` and `val_dataloaders`, in place of a data module.
+
+    Raises:
+        RunInterrupted: If `GracefulStop` ended the run, or a second Ctrl-C did.
+    """
+    stops = [c for c in trainer.callbacks if isinstance(c, GracefulStop)]  # type: ignore[attr-defined]
+    try:
+        trainer.fit(
+            module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, **dataloaders
+        )
+    except _StopNow:
+        number = stops[0].received or signal.SIGINT
+        raise RunInterrupted(
+            number, f"state saved at step {trainer.global_step}; resume=auto goes on from there"
+        ) from None
+    except SystemExit:
+        # Lightning answers a KeyboardInterrupt with sys.exit.
+        number = next((c.received for c in stops if c.received), signal.SIGINT)
+        raise RunInterrupted(
+            number, "stopped at once; resume=auto goes on from last.ckpt"
+        ) from None
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar with questions a second and the loss.
+
+    Args:
+        refresh_rate: Rows between two redraws; a redraw reads the loss and waits for the device.
+        leave: Keep the bars of past epochs on screen.
+    """
+
+    def __init__(self, refresh_rate: int = 10, leave: bool = True) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What stands behind the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput) and callback.questions_per_second:
+                metrics["questions/s"] = round(callback.questions_per_second, 1)
+        return metrics
+
+
+def _wait(pl_module: LightningModule) -> None:
+    if pl_module.device.type == "cuda":
+        torch.cuda.synchronize(pl_module.device)

@@ -1,0 +1,257 @@
+"""MCQAModule: the LightningModule that trains an adapter to answer multiple-choice questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from medqlora.acceleration import last_hidden
+from medqlora.errors import CheckpointError
+from medqlora.evaluation.metrics import LetterMetrics, PredictionCollector
+from medqlora.evaluation.scoring import letter_scores
+from medqlora.finetuning.adapters import count_trainable, trainable_state
+from medqlora.finetuning.losses import Loss
+from medqlora.schema import PackedBatch
+
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+SchedulerFactory = Callable[..., LRScheduler]
+
+ADALORA_STATE = "adalora"
+
+
+class MCQAModule(LightningModule):
+    """Trains the adapter of a frozen base model and scores letters.
+
+    The base weights are never in a checkpoint: only what is trained.
+
+    Args:
+        model: Base model with its adapter, switched to packed attention.
+        letter_ids: Token ids of the answer letters, in option order.
+        letter_rows: Rows of the output embedding that belong to them.
+        loss: What is minimised; None for scoring only.
+        optimizer: Makes the optimiser from named parameters; None for scoring only.
+        scheduler: Makes the schedule from the optimiser and `num_training_steps`; None keeps the
+            rate.
+        num_training_steps: Updates of the run.
+    """
+
+    letter_rows: Tensor
+    letter_ids: Tensor
+    window_count: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        letter_ids: Sequence[int],
+        letter_rows: Float[Tensor, "letter width"],
+        loss: Loss | None = None,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        num_training_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        # The base is rebuilt from its source; what must match is checked in `on_load_checkpoint`.
+        self.strict_loading = False
+        self.model = model
+        self.loss = loss
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.num_training_steps = num_training_steps
+        self.register_buffer("letter_rows", letter_rows.detach().clone(), persistent=False)
+        self.register_buffer("letter_ids", torch.tensor(list(letter_ids)), persistent=False)
+        self.register_buffer("window_count", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.metrics = nn.ModuleDict({"val": LetterMetrics(), "test": LetterMetrics()})
+        self.predictions = nn.ModuleDict(
+            {split: PredictionCollector(len(letter_ids)) for split in ("val", "test")}
+        )
+
+    def forward(self, batch: PackedBatch) -> Float[Tensor, "question letter"]:
+        """Log-probabilities of the letters, in nats."""
+        return letter_scores(last_hidden(self.model, batch), self.letter_rows)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over what is trainable, and its schedule by updates."""
+        assert self.make_optimizer is not None
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        optimizer = self.make_optimizer(named)
+        if self.make_scheduler is None:
+            return optimizer
+        assert self.num_training_steps is not None
+        schedule = self.make_scheduler(optimizer, num_training_steps=self.num_training_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Switch dropout on: the base is loaded in eval mode, and Lightning leaves modes alone."""
+        self.model.train()
+        self.window_count.zero_()
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """The summed loss of one packed row.
+
+        Lightning divides by `accumulate_grad_batches`; multiplying by it here leaves plain sums in
+        the gradients, which `on_before_optimizer_step` divides by the positions of the whole
+        window.
+        """
+        assert self.loss is not None
+        total, count = self.loss(self.model, batch, self.letter_rows, self.letter_ids)
+        self.window_count += count
+        mean = total.detach() / count.clamp(min=1)
+        self.log(
+            "train/loss",
+            mean,
+            batch_size=batch.num_questions,
+            prog_bar=True,
+        )
+        if (tuner := self._adalora()) is not None:
+            total = total + count * _orthogonality(tuner)
+        return total * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the summed gradients by the supervised positions of the window, on every rank.
+
+        Equal weight for every position, however the rows of the window are filled: averages of
+        averages are wrong where rows differ (transformers issue 34191). Comes before clipping.
+        """
+        count = self.window_count
+        if self.trainer.world_size > 1:
+            # Gradients are means over the ranks; the count has to be one as well.
+            count = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
+        scale = cast(Tensor, count).float().clamp(min=1e-6).reciprocal()
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        self.window_count.zero_()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let AdaLoRA move its rank budget after the update, while the gradients are there."""
+        super().optimizer_step(*args, **kwargs)
+        if (tuner := self._adalora()) is not None:
+            tuner.update_and_allocate(self.global_step + 1)
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Score one packed row of questions for ``val/accuracy`` and ``val/loss``."""
+        self._score("val", batch)
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Score one packed row of questions for ``test/accuracy`` and ``test/loss``."""
+        self._score("test", batch)
+
+    def predict_step(
+        self, batch: PackedBatch, batch_idx: int
+    ) -> tuple[Int[Tensor, " question"], Float[Tensor, "question letter"]]:
+        """Row numbers and letter scores; -1 marks an empty place."""
+        return batch.index, self(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the predictions of the previous validation."""
+        self._collector("val").reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the predictions of the previous test."""
+        self._collector("test").reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/accuracy`` and ``val/loss``, in nats over the letters."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/accuracy`` and ``test/loss``, in nats over the letters."""
+        self._log_metrics("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained and nothing of the base."""
+        trained = {f"model.{name}" for name in trainable_state(self.model)}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: t for name, t in state.items() if name in trained}
+        tuner = self._adalora()
+        if tuner is not None:
+            ranks = tuner.rankallocator
+            checkpoint[ADALORA_STATE] = {
+                "exp_avg_ipt": dict(ranks.exp_avg_ipt),
+                "exp_avg_unc": dict(ranks.exp_avg_unc),
+                "rank_pattern": tuner.peft_config["default"].rank_pattern,
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not set every trained weight.
+
+        Raises:
+            CheckpointError: If one is missing, unknown or of another shape.
+        """
+        ours = {f"model.{name}": t.shape for name, t in trainable_state(self.model).items()}
+        theirs = {name: t.shape for name, t in checkpoint["state_dict"].items()}
+        wrong = sorted(
+            {n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)},
+        )
+        if wrong:
+            name = wrong[0]
+            raise CheckpointError(
+                f"the checkpoint does not fit this adapter: {len(wrong)} weights differ, such as "
+                f"{name} (checkpoint {_shape(theirs.get(name))}, model {_shape(ours.get(name))}). "
+                "Resume with the same peft, quant and model options."
+            )
+        tuner = self._adalora()
+        if tuner is not None:
+            saved = checkpoint[ADALORA_STATE]
+            device = self.letter_rows.device
+            for key in ("exp_avg_ipt", "exp_avg_unc"):
+                moved = {n: t.to(device) for n, t in saved[key].items()}
+                setattr(tuner.rankallocator, key, moved)
+            # An entry marks that the averages of a weight exist; its value is made anew each step.
+            tuner.rankallocator.ipt = dict.fromkeys(saved["exp_avg_ipt"])
+            tuner.peft_config["default"].rank_pattern = saved["rank_pattern"]
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable numbers."""
+        return count_trainable(self.model)
+
+    def _adalora(self) -> Any:
+        tuner = getattr(self.model, "base_model", None)
+        return tuner if type(tuner).__name__ == "AdaLoraModel" else None
+
+    def _collector(self, split: str) -> PredictionCollector:
+        return cast(PredictionCollector, self.predictions[split])
+
+    def _score(self, split: str, batch: PackedBatch) -> None:
+        scores = self(batch)
+        cast(LetterMetrics, self.metrics[split]).update(scores, batch.answer)
+        self._collector(split).update(scores, batch.index)
+
+    def _log_metrics(self, split: str) -> None:
+        metrics = cast(LetterMetrics, self.metrics[split])
+        values = metrics.compute()
+        for name in ("accuracy", "loss"):
+            # torchmetrics has summed over the ranks: the mean of equal values changes nothing.
+            self.log(f"{split}/{name}", values[name].float(), prog_bar=True, sync_dist=True)
+        metrics.reset()
+
+
+def _orthogonality(tuner: Any) -> Float[Tensor, ""]:
+    """AdaLoRA's penalty on P and Q that are not orthogonal (arXiv:2303.10512, equation 4).
+
+    peft adds it in a forward pass of its own, which packed rows do not go through.
+    """
+    terms = []
+    for name, p in tuner.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = p @ p.T if "lora_A" in name else p.T @ p
+            eye = torch.eye(gram.shape[0], device=p.device, dtype=p.dtype)
+            terms.append(torch.linalg.matrix_norm(gram - eye))
+    return tuner.peft_config["default"].orth_reg_weight * torch.stack(terms).mean()
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))

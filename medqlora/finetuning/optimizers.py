@@ -1,0 +1,162 @@
+"""Optimisers over the trainable weights: who decays, at which rate, and which algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from medqlora.errors import ConfigError
+
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+def parameter_groups(
+    named_parameters: NamedParameters,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    loraplus_ratio: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Sort trainable weights by learning rate and weight decay.
+
+    Norms, biases and other vectors do not decay. With `loraplus_ratio` the matrices that start at
+    zero (`lora_B`) learn that many times faster.
+
+    Args:
+        named_parameters: Names and weights.
+        lr: Learning rate.
+        weight_decay: Decay of the matrices.
+        loraplus_ratio: Learning rate of `lora_B` over that of the others; 1 is plain LoRA.
+
+    Returns:
+        Groups for a torch optimiser, none empty.
+
+    Raises:
+        ConfigError: If nothing is trainable, or the ratio has no `lora_B` to act on.
+
+    References:
+        LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 4.
+    """
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+    if not trainable:
+        raise ConfigError(
+            "peft=none leaves no weight to train. Choose an adapter, such as peft=lora_r16, or "
+            "score the base model with `python -m medqlora.evaluate peft=none`."
+        )
+    if loraplus_ratio != 1.0 and not any(_is_lora_b(name) for name, _ in trainable):
+        raise ConfigError(
+            f"optimizer.loraplus_ratio={loraplus_ratio} has no effect: this peft option has no "
+            "lora_B. Choose a LoRA, such as peft=lora_r16, or set optimizer.loraplus_ratio=1."
+        )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        rate = lr * loraplus_ratio if _is_lora_b(name) else lr
+        decay = 0.0 if _is_vector(parameter) else weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def _is_lora_b(name: str) -> bool:
+    return "lora_B" in name or "lora_embedding_B" in name
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    # Some adapters store a vector as (1, n) or (n, 1).
+    return sum(size > 1 for size in parameter.shape) < 2
+
+
+def adamw(
+    named_parameters: NamedParameters,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    loraplus_ratio: float = 1.0,
+) -> Optimizer:
+    """AdamW with float32 states, fused on CUDA (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    groups = parameter_groups(
+        named_parameters, lr=lr, weight_decay=weight_decay, loraplus_ratio=loraplus_ratio
+    )
+    fused = groups[0]["params"][0].is_cuda or None
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+
+
+def _bitsandbytes(class_name: str) -> Callable[..., Optimizer]:
+    def build(
+        named_parameters: NamedParameters,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        loraplus_ratio: float = 1.0,
+        **options: Any,
+    ) -> Optimizer:
+        import bitsandbytes
+
+        groups = parameter_groups(
+            named_parameters, lr=lr, weight_decay=weight_decay, loraplus_ratio=loraplus_ratio
+        )
+        return getattr(bitsandbytes.optim, class_name)(groups, lr=lr, betas=tuple(betas), **options)
+
+    build.__name__ = class_name
+    build.__doc__ = (
+        f"`bitsandbytes.optim.{class_name}`. 8-bit states are for tensors of 4096 numbers and "
+        "more; paged states are ordinary ones on the CPU."
+    )
+    return build
+
+
+adamw_8bit = _bitsandbytes("AdamW8bit")
+paged_adamw_8bit = _bitsandbytes("PagedAdamW8bit")
+paged_adamw_32bit = _bitsandbytes("PagedAdamW32bit")
+lion_8bit = _bitsandbytes("Lion8bit")
+
+
+def adafactor(
+    named_parameters: NamedParameters,
+    *,
+    lr: float,
+    beta2_decay: float = -0.8,
+    clip_threshold: float = 1.0,
+    weight_decay: float = 0.0,
+    loraplus_ratio: float = 1.0,
+) -> Optimizer:
+    """Adam with a factored second moment (Shazeer & Stern 2018, arXiv:1804.04235)."""
+    groups = parameter_groups(
+        named_parameters, lr=lr, weight_decay=weight_decay, loraplus_ratio=loraplus_ratio
+    )
+    return torch.optim.Adafactor(groups, lr=lr, beta2_decay=beta2_decay, d=clip_threshold)
+
+
+def muon(
+    named_parameters: NamedParameters,
+    *,
+    lr: float,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    loraplus_ratio: float = 1.0,
+) -> Optimizer:
+    """Momentum with orthogonalised updates, for matrices only (Liu et al. 2025, arXiv:2502.16982).
+
+    Raises:
+        ConfigError: If a trainable weight is no matrix.
+    """
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    other = [name for name, p in named if p.ndim != 2]
+    if other:
+        raise ConfigError(
+            f"optimizer=muon updates matrices, but this peft option trains {len(other)} tensors "
+            f"that are none, such as {other[0]}. Choose optimizer=adamw, or peft=lora_r16."
+        )
+    groups = parameter_groups(
+        named, lr=lr, weight_decay=weight_decay, loraplus_ratio=loraplus_ratio
+    )
+    return torch.optim.Muon(groups, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")

@@ -1,0 +1,507 @@
+"""From a config to the parts of a run, and from a run folder back to a model that answers.
+
+The only module that makes objects from YAML: everything below is given plain values.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import lightning
+import torch
+from hydra.errors import InstantiationException
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from transformers import GemmaForCausalLM
+
+from medqlora.acceleration import (
+    compile_backbone,
+    compile_mode,
+    prepare_for_training,
+    use_packed_attention,
+)
+from medqlora.data import MedMCQADataModule, PromptTemplate, load_tokenizer
+from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError
+from medqlora.evaluation import (
+    PredictionCollector,
+    check_letter_rows,
+    read_run,
+    summarise,
+    to_predictions,
+)
+from medqlora.finetuning import (
+    AtomicCheckpointIO,
+    MCQAModule,
+    attach_adapter,
+    count_trainable,
+    load_adapter,
+)
+from medqlora.finetuning.callbacks import peak_memory_gb
+from medqlora.quantization import QuantConfig, footprint, letter_rows, load_base
+from medqlora.schema import Prediction, Question
+
+log = logging.getLogger(__name__)
+
+ALLOWED_TARGETS = (
+    "medqlora.",
+    "peft.",
+    "lightning.",
+    "torch.optim.",
+    "bitsandbytes.optim.",
+    "transformers.",
+)
+"""Where a `_target_` may point: a config that came with somebody's run folder is data, not code."""
+
+ADAPTER_DIR = "adapter"
+
+BASELINES = ("base_16bit", "base_quantized")
+"""What `baselines` of train can name."""
+
+Config = DictConfig | Mapping[str, Any]
+
+
+def make(node: Any, **runtime: Any) -> Any:
+    """Instantiate a config node with objects that only exist at run time.
+
+    Args:
+        node: A node with `_target_`, or an empty one.
+        **runtime: Further keyword arguments.
+
+    Returns:
+        The object; None for an empty node.
+
+    Raises:
+        ConfigError: If a `_target_` lies outside `ALLOWED_TARGETS`, or the arguments do not fit.
+        MedQLoRAError: What the constructor itself raised.
+    """
+    if not node:
+        return None
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    for target in _targets(plain):
+        if not target.startswith(ALLOWED_TARGETS):
+            raise ConfigError(
+                f"_target_={target} is not run: a config may only name parts of "
+                f"{', '.join(name.rstrip('.') for name in ALLOWED_TARGETS)}. Correct the config."
+            )
+    try:
+        if not runtime:
+            return hydra.utils.instantiate(plain)
+        # Objects are handed over by a call: Hydra would look for `_target_` inside them.
+        build = hydra.utils.instantiate(plain, _partial_=True)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, MedQLoRAError):
+                raise cause from error
+            cause = cause.__cause__
+        raise ConfigError(" ".join(str(error).split())) from error
+    try:
+        inspect.signature(build).bind(**runtime)
+    except TypeError as error:
+        target = next(_targets(plain))
+        raise ConfigError(f"{target} cannot be made from this config: {error}.") from error
+    return build(**runtime)
+
+
+def device_of(cfg: Config) -> torch.device:
+    """The device that `trainer` asks for.
+
+    Raises:
+        ConfigError: If it is a GPU and there is none.
+    """
+    accelerator = cfg["trainer"]["accelerator"]
+    if accelerator in ("gpu", "cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "trainer=gpu needs a CUDA device and torch sees none: run `python -m "
+                "medqlora.doctor`, or choose trainer=cpu (the tiny model: experiment=quickstart)."
+            )
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def check(cfg: Config) -> None:
+    """Refuse what cannot work or cannot take effect, before any data or weight is read.
+
+    Raises:
+        ConfigError: One line about the first such option.
+    """
+    device = device_of(cfg)
+    precision = cfg["trainer"].get("precision")
+    if precision not in (None, "32-true", 32, "32"):
+        raise ConfigError(
+            f"trainer.precision={precision} has no effect: the base computes in "
+            f"quant.compute_dtype={cfg['quant']['compute_dtype']} whatever Lightning is told. Set "
+            "quant.compute_dtype=bfloat16 or float32 instead."
+        )
+    make(cfg["quant"])
+    peft_config = make(cfg.get("peft"))
+    compile_mode(cfg["acceleration"]["compile"], device, 0)
+    if "optimizer" not in cfg:
+        return
+    if peft_config is None:
+        raise ConfigError(
+            "peft=none leaves nothing to train. Choose peft=lora_r16, or score the bare base with "
+            "`python -m medqlora.evaluate peft=none`."
+        )
+    for key, choices in (("resume", ("never", "auto")), ("select", ("best", "last"))):
+        if cfg[key] not in choices:
+            raise ConfigError(f"{key}={cfg[key]} is unknown. Choose {' or '.join(choices)}.")
+    unknown = set(cfg["baselines"]) - set(BASELINES)
+    if unknown:
+        raise ConfigError(
+            f"baselines={sorted(unknown)} are unknown. Choose among {', '.join(BASELINES)}, or []."
+        )
+
+
+def build_datamodule(cfg: Config, *, loss_targets: str = "answer") -> MedMCQADataModule:
+    """The questions of a run; they are read, checked, tokenised and packed by its `setup`.
+
+    Args:
+        cfg: A composed config.
+        loss_targets: What the loss supervises: "answer" or "explanation".
+    """
+    prompt = make(cfg["prompt"])
+    assert isinstance(prompt, PromptTemplate)
+    datamodule = make(
+        cfg["data"],
+        tokenizer=load_tokenizer(cfg["model"]["path"], cfg["model"].get("revision")),
+        prompt=prompt,
+        seed=cfg["seed"],
+        targets=loss_targets,
+        pin_memory=device_of(cfg).type == "cuda",
+    )
+    assert isinstance(datamodule, MedMCQADataModule)
+    return datamodule
+
+
+def build_base(cfg: Config, quant: QuantConfig | None = None) -> GemmaForCausalLM:
+    """The frozen base model on its device, stored as `quant` says, switched to packed rows.
+
+    Args:
+        cfg: A composed config.
+        quant: Storage; that of the config if None.
+    """
+    model = cfg["model"]
+    base = load_base(
+        model["path"],
+        quant or make(cfg["quant"]),
+        revision=model.get("revision"),
+        device=device_of(cfg),
+        cache_dir=_cache_dir() if model.get("cache_quantized") else None,
+    )
+    use_packed_attention(base)
+    return base
+
+
+def build_scoring_module(
+    cfg: Config,
+    base: GemmaForCausalLM,
+    datamodule: MedMCQADataModule,
+    adapter: str | Path | None = None,
+) -> MCQAModule:
+    """The LightningModule that scores with a base model and perhaps an adapter.
+
+    Args:
+        cfg: A composed config.
+        base: What `build_base` returned.
+        datamodule: Set up, so that its letters are known.
+        adapter: A PEFT folder; a bare base if None.
+    """
+    rows = _letter_rows(base, datamodule)
+    model = base if adapter is None else load_adapter(base, adapter)
+    _accelerate(cfg, model, datamodule.eval_token_budget)
+    return MCQAModule(model, letter_ids=datamodule.letter_ids, letter_rows=rows).eval()
+
+
+def build_training_module(
+    cfg: Config, base: GemmaForCausalLM, datamodule: MedMCQADataModule, num_training_steps: int
+) -> MCQAModule:
+    """The LightningModule that trains a fresh adapter on a base model.
+
+    Args:
+        cfg: The config of `train`.
+        base: What `build_base` returned.
+        datamodule: Set up, so that its letters are known.
+        num_training_steps: Updates of the whole run, for the scheduler.
+    """
+    rows = _letter_rows(base, datamodule)
+    lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
+    model = attach_adapter(base, make(cfg["peft"]), num_training_steps=num_training_steps)
+    prepare_for_training(model, cfg["acceleration"]["gradient_checkpointing"])
+    _accelerate(cfg, model, datamodule.token_budget)
+    return MCQAModule(
+        model,
+        letter_ids=datamodule.letter_ids,
+        letter_rows=rows,
+        loss=make(cfg["loss"]),
+        optimizer=make(cfg["optimizer"]),
+        scheduler=make(cfg["scheduler"]),
+        num_training_steps=num_training_steps,
+    )
+
+
+def build_callbacks(
+    cfg: Config, run_dir: Path, datamodule: MedMCQADataModule, identity: Mapping[str, Any]
+) -> dict[str, Callback]:
+    """The callbacks of a training run, by their name in the config.
+
+    Args:
+        cfg: The config of `train`.
+        run_dir: The run folder.
+        datamodule: Set up.
+        identity: What a checkpoint must have in common with the run that resumes from it.
+    """
+    made = {name: make(node) for name, node in cfg["callbacks"].items() if node}
+    if "checkpoints" in made:
+        made["checkpoints"] = made["checkpoints"](run_dir / "checkpoints", identity=identity)
+    if "nan_guard" in made:
+        ids = [question.id for question in datamodule.questions["train"]]
+        made["nan_guard"] = made["nan_guard"](ids)
+    if "graceful_stop" in made:
+        made["graceful_stop"] = made["graceful_stop"](made.get("checkpoints"))
+    return made
+
+
+def build_trainer(
+    cfg: Config, run_dir: Path, callbacks: Mapping[str, Callback], loggers: list[Logger]
+) -> Trainer:
+    """Lightning's Trainer for one run."""
+    return make(
+        cfg["trainer"],
+        callbacks=list(callbacks.values()),
+        logger=loggers,
+        default_root_dir=str(run_dir),
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing="checkpoints" in callbacks,
+        enable_progress_bar="progress" in callbacks,
+    )
+
+
+def num_updates(cfg: Config, datamodule: MedMCQADataModule) -> int:
+    """Updates of a whole run: what the scheduler plans over."""
+    trainer = cfg["trainer"]
+    an_epoch = -(-datamodule.num_rows("train") // trainer["accumulate_grad_batches"])
+    epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
+    if steps is not None and steps > 0:
+        return min(steps, an_epoch * epochs) if epochs and epochs > 0 else steps
+    if not epochs or epochs < 0:
+        raise ConfigError(
+            f"trainer.max_epochs={epochs} and trainer.max_steps={steps} set no end. Give one of them."
+        )
+    return an_epoch * epochs
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A split after scoring.
+
+    Attributes:
+        predictions: One a question, in the order of the data.
+        section: The keys of `val` or `test` in metrics.json.
+        seconds: Time of scoring, loading and compilation not counted.
+        peak_memory_gb: Most memory held while scoring, in 10^9 bytes.
+    """
+
+    predictions: list[Prediction]
+    section: dict[str, Any]
+    seconds: float
+    peak_memory_gb: float
+
+
+def score(cfg: Config, module: MCQAModule, datamodule: MedMCQADataModule, split: str) -> Scored:
+    """Score a split with Lightning's Trainer.
+
+    Args:
+        cfg: A composed config.
+        module: What answers.
+        datamodule: Set up, with the split.
+        split: "train", "val" or "test".
+    """
+    device = device_of(cfg)
+    trainer = Trainer(
+        accelerator=cfg["trainer"]["accelerator"],
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    trainer.test(module, dataloaders=datamodule._loader(split), verbose=False)
+    seconds = time.perf_counter() - started
+    questions = datamodule.questions[split]
+    collector = module.predictions["test"]
+    assert isinstance(collector, PredictionCollector)
+    predictions = collector.predictions(questions, split)
+    return Scored(predictions, summarise(predictions, questions), seconds, peak_memory_gb(device))
+
+
+def data_section(datamodule: MedMCQADataModule) -> dict[str, Any]:
+    """The keys of `data` in metrics.json."""
+    counts = {f"num_{s}": len(datamodule.questions.get(s, ())) for s in ("train", "val", "test")}
+    return {
+        "name": datamodule.name,
+        "sha256": datamodule.sha256,
+        **counts,
+        "num_dropped": datamodule.num_dropped,
+        "num_truncated": datamodule.num_truncated,
+    }
+
+
+def model_section(cfg: Config, model: nn.Module) -> dict[str, Any]:
+    """The keys of `model` in metrics.json; sizes in GB of 10^9 bytes, the adapter included."""
+    size = footprint(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return {
+        "name": cfg["model"]["path"],
+        "revision": getattr(base.config, "_commit_hash", None) or cfg["model"].get("revision"),
+        "num_parameters": size.num_parameters,
+        "num_trainable": count_trainable(model),
+        "weight_gb_16bit": size.weight_gb_16bit,
+        "weight_gb": size.weight_gb,
+        "parts": size.parts,
+    }
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run read back: it answers questions.
+
+    Attributes:
+        run_dir: The run folder.
+        config: Its config, as plain containers.
+        metrics: Its metrics.json.
+        module: Base and adapter.
+        encoder: Question texts -> tokens.
+        prompt: Question -> text, with the solved examples of the run.
+    """
+
+    run_dir: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    module: MCQAModule
+    datamodule: MedMCQADataModule
+
+    def predict(self, questions: Sequence[Question]) -> list[Prediction]:
+        """Answer questions, packed into rows; the result does not depend on which are asked together.
+
+        Args:
+            questions: With as many options as the run was trained on.
+
+        Returns:
+            One prediction a question, in order.
+
+        Raises:
+            ConfigError: If a question does not fit into a row.
+        """
+        device = self.module.letter_rows.device
+        scores = torch.zeros(len(questions), self.module.letter_rows.shape[0])
+        with torch.inference_mode():
+            for batch in self.datamodule.pack(questions):
+                row = self.module(batch.to(device)).float().cpu()
+                there = batch.index >= 0
+                scores[batch.index[there]] = row[there]
+        return to_predictions(questions, "predict", torch.arange(len(questions)), scores)
+
+
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """The config of a run folder, as data: nothing in it is run.
+
+    Raises:
+        CheckpointError: If the folder has none.
+    """
+    run = read_run(run_dir)
+    if run.config is None:
+        raise CheckpointError(f"{run_dir} has no config.yaml: it is not the folder of a run.")
+    return {key: value for key, value in run.config.items() if key not in ("hydra", "defaults")}
+
+
+def load_run(run_dir: str | Path, *, device: str = "auto") -> LoadedRun:
+    """Read a run folder back: base, quantisation, adapter and prompt.
+
+    Args:
+        run_dir: A folder that `train` wrote.
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Returns:
+        The run, ready to answer.
+
+    Raises:
+        CheckpointError: If the folder is no run or has no adapter.
+        ModelError: If its base model cannot be had.
+    """
+    run_dir = Path(run_dir)
+    config = read_config(run_dir)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device} is unknown. Choose auto, cpu or cuda.")
+    gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    config["trainer"] = {**config["trainer"], "accelerator": "gpu" if gpu else "cpu"}
+    adapter = adapter_of(run_dir, config)
+    datamodule = build_datamodule(config)
+    if config["prompt"].get("num_shots"):
+        datamodule.setup()
+    else:
+        datamodule.prepare_letters()
+    base = build_base(config)
+    module = build_scoring_module(config, base, datamodule, adapter)
+    return LoadedRun(run_dir, config, read_run(run_dir).metrics, module, datamodule)
+
+
+def adapter_of(run_dir: Path, config: Mapping[str, Any]) -> Path | None:
+    """The adapter folder of a run; None if it was a bare base.
+
+    Raises:
+        CheckpointError: If the run should have one and has not.
+    """
+    folder = run_dir / ADAPTER_DIR
+    if folder.is_dir():
+        return folder
+    if make(config.get("peft")) is None:
+        return None
+    raise CheckpointError(
+        f"{run_dir} has no adapter: the run ended before it was written. Go on with it "
+        "(resume=auto), or score its bare base with peft=none."
+    )
+
+
+def _letter_rows(base: GemmaForCausalLM, datamodule: MedMCQADataModule) -> Tensor:
+    rows = letter_rows(base, datamodule.letter_ids)
+    check_letter_rows(rows)
+    return rows
+
+
+def _accelerate(cfg: Config, model: nn.Module, token_budget: int) -> None:
+    compile_backbone(
+        model, cfg["acceleration"]["compile"], device=device_of(cfg), token_budget=token_budget
+    )
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("MEDQLORA_CACHE", "~/.cache/medqlora")).expanduser() / "quantized"
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """Every `_target_` of a nested config."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == "_target_":
+                yield str(value)
+            else:
+                yield from _targets(value)
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for value in node:
+            yield from _targets(value)

@@ -1,0 +1,217 @@
+"""One run: data, quantised base, adapter, fit, test, run folder.
+
+python -m medqlora.train quant=nf4 peft=lora_r16
+python -m medqlora.train -m quant=none,int8,nf4 seed=1,2,3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from rich.console import Console
+
+from medqlora import pipeline
+from medqlora.data import MedMCQADataModule
+from medqlora.entry import command, is_sweep, move_log
+from medqlora.errors import ConfigError
+from medqlora.evaluation import (
+    config_hash,
+    read_run,
+    write_predictions,
+)
+from medqlora.evaluation.tables import result_row, result_table
+from medqlora.finetuning import (
+    RunCheckpoints,
+    find_resumable,
+    fit,
+    load_trained_weights,
+    save_adapter,
+)
+from medqlora.runs import (
+    RunRecord,
+    describe,
+    find_unfinished,
+    free_memory,
+    has_checkpoint,
+    recorded,
+    resolved,
+    score_into,
+)
+from medqlora.tracking import finish_wandb
+
+log = logging.getLogger(__name__)
+
+_SCORING_KEYS = ("data", "prompt", "model", "quant", "peft", "acceleration", "trainer", "seed")
+
+
+def train(cfg: DictConfig, run_dir: Path) -> Path:
+    """Run one training job and keep its run folder.
+
+    Args:
+        cfg: The composed config of `train`.
+        run_dir: Where the run folder goes.
+
+    Returns:
+        The run folder; another one than asked for where `resume=auto` went on with an earlier run.
+
+    Raises:
+        MedQLoRAError: If the request cannot work or the run failed.
+        RunInterrupted: If it was asked to stop; its state is saved.
+    """
+    pipeline.check(cfg)
+    if cfg.resume == "auto" and not has_checkpoint(run_dir):
+        root = Path(cfg.get("run_root") or run_dir.parent.parent)
+        earlier = find_unfinished(root, config_hash(resolved(cfg)))
+        if earlier is not None:
+            log.info("going on with %s", earlier)
+            move_log(run_dir, earlier)
+            run_dir = earlier
+    with recorded(cfg, run_dir, "train", keep_refused=is_sweep()) as record:
+        try:
+            _train(cfg, run_dir, record)
+        finally:
+            free_memory()
+    _print_table(run_dir)
+    return run_dir
+
+
+def _train(cfg: DictConfig, run_dir: Path, record: RunRecord) -> None:
+    loss = pipeline.make(cfg.loss)
+    datamodule = pipeline.build_datamodule(cfg, loss_targets=loss.targets)
+    datamodule.setup()
+    if "train" not in datamodule.questions:
+        raise ConfigError(
+            f"data={datamodule.name} has no train questions here, so there is nothing to learn "
+            f"from. "
+            "Give data.train_file, or a data.limit_train above 0."
+        )
+    record.metrics["data"] = pipeline.data_section(datamodule)
+    splits = [split for split in ("val", "test") if split in datamodule.questions]
+    for name in cfg.baselines:
+        _score_baseline(cfg, run_dir, datamodule, name, splits)
+
+    base = pipeline.build_base(cfg)
+    revision = base.config._commit_hash
+    identity = {
+        "model.path": cfg.model.path,
+        "model.revision": revision or cfg.model.get("revision"),
+        "quant": str(sorted(dataclasses.asdict(pipeline.make(cfg.quant)).items())),
+        "config_hash": record.metrics["config_hash"],
+    }
+    checkpoint = find_resumable(run_dir / "checkpoints", identity) if cfg.resume == "auto" else None
+    callbacks = pipeline.build_callbacks(cfg, run_dir, datamodule, identity)
+    loggers = pipeline.make(
+        cfg.logger,
+        run_dir=run_dir,
+        run_config=resolved(cfg),
+        group=run_dir.parent.name if is_sweep() else None,
+    )
+    exit_code = 1
+    try:
+        trainer = pipeline.build_trainer(cfg, run_dir, callbacks, loggers)
+        datamodule.trainer = trainer
+        steps = pipeline.num_updates(cfg, datamodule)
+        module = pipeline.build_training_module(cfg, base, datamodule, steps)
+        record.metrics["model"] = pipeline.model_section(cfg, module.model)
+        record.write()
+        log.info(
+            "training %s of %s weights on %d questions, %d updates of %d rows of %d tokens",
+            f"{record.metrics['model']['num_trainable']:,}",
+            f"{record.metrics['model']['num_parameters']:,}",
+            len(datamodule.questions["train"]),
+            steps,
+            trainer.accumulate_grad_batches,
+            datamodule.token_budget,
+        )
+        if checkpoint is not None:
+            log.info("resuming from %s", checkpoint)
+        try:
+            fit(trainer, module, datamodule, ckpt_path=str(checkpoint) if checkpoint else None)
+        finally:
+            record.metrics["train"].update(_train_section(callbacks, trainer.callback_metrics))
+        checkpoints = callbacks.get("checkpoints")
+        if (
+            cfg.select == "best"
+            and isinstance(checkpoints, RunCheckpoints)
+            and checkpoints.best_path is not None
+        ):
+            load_trained_weights(module.model, checkpoints.best_path)
+            record.metrics["train"]["best_step"] = checkpoints.best_step
+        save_adapter(
+            cast(PeftModel, module.model),
+            run_dir / pipeline.ADAPTER_DIR,
+            base_name=cfg.model.path,
+            revision=identity["model.revision"],
+        )
+        module.eval()
+        for split in splits:
+            scored = pipeline.score(cfg, module, datamodule, split)
+            record.metrics[split] = scored.section
+            write_predictions(run_dir, scored.predictions)
+        exit_code = 0
+    finally:
+        finish_wandb(loggers, exit_code)
+
+
+def _train_section(callbacks: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `train` in metrics.json."""
+    section: dict[str, Any] = {}
+    if "throughput" in callbacks:
+        section.update(callbacks["throughput"].summary())
+    if "memory" in callbacks:
+        section["peak_memory_gb"] = callbacks["memory"].peak_memory_gb
+    if "train/loss" in logged:
+        section["loss"] = float(logged["train/loss"])
+    return section
+
+
+def _score_baseline(
+    cfg: DictConfig, run_dir: Path, datamodule: MedMCQADataModule, name: str, splits: list[str]
+) -> None:
+    """Score a base without adapter and keep it as a run folder of its own, `baselines/NAME`."""
+    folder = run_dir / "baselines" / name
+    if not splits or (folder / "predictions.parquet").exists():
+        return
+    values = resolved(cfg)
+    if name == "base_16bit":
+        values["quant"] = {
+            "_target_": "medqlora.quantization.QuantConfig",
+            "data_type": "none",
+            "double_quant": False,
+            "compute_dtype": "bfloat16",
+        }
+    values["peft"] = {}
+    baseline = OmegaConf.create({key: values[key] for key in _SCORING_KEYS if key in values})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)
+    with recorded(baseline, folder, "evaluate", keep_refused=True) as record:
+        score_into(record, baseline, datamodule, splits)
+    free_memory()
+
+
+def _print_table(run_dir: Path) -> None:
+    """The table a run ends in: each base that was scored, then the run, on its last split."""
+    run = read_run(run_dir)
+    split = "test" if run.metrics["test"]["n"] else "val"
+    if not run.metrics[split]["n"]:
+        return
+    baselines = [read_run(folder) for folder in sorted((run_dir / "baselines").glob("*"))]
+    rows = [result_row(found, split, name=describe(found.config)) for found in (*baselines, run)]
+    console = Console()
+    console.print(result_table(rows, title=f"{run.metrics['data']['name']}, {split} split"))
+    console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
+
+
+@command("train")
+def main(cfg: DictConfig, run_dir: Path) -> None:
+    """Train, score, keep a run folder."""
+    train(cfg, run_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Packed attention is ordinary causal attention within each question."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from medqlora.acceleration import cover_padding, packed_attention, use_packed_attention
+from medqlora.errors import ModelError
+
+CU = torch.tensor([0, 5, 6, 15, 15, 15], dtype=torch.int32)
+
+
+def qkv(num_tokens: int = 20, requires_grad: bool = False) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(num_tokens, h, 8, generator=generator).requires_grad_(requires_grad)
+        for h in (4, 2, 2)
+    ]
+
+
+def one_by_one(query, key, value, scale=None):
+    """The definition, one question at a time; padding gets zeros."""
+    out = torch.zeros_like(query)
+    for start, end in ((0, 5), (5, 6), (6, 15)):
+        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
+        k, v = (t.repeat_interleave(2, dim=0) for t in (k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        out = torch.cat([out[:start], attended.transpose(0, 1), out[end:]])
+    return out
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_each_question_attends_to_itself_only(scale):
+    query, key, value = qkv()
+    out = packed_attention(query, key, value, CU, max_length=9, scale=scale)
+    torch.testing.assert_close(out, one_by_one(query, key, value, scale), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_equal_those_of_the_definition():
+    packed, single = qkv(requires_grad=True), qkv(requires_grad=True)
+    weight = torch.linspace(-1, 1, 20 * 4 * 8).view(20, 4, 8)
+    (packed_attention(*packed, CU, max_length=9) * weight).sum().backward()
+    (one_by_one(*single) * weight).sum().backward()
+    for ours, theirs in zip(packed, single, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_between_boundary_and_row_end_is_zero_and_gets_no_gradient():
+    query, key, value = qkv(requires_grad=True)
+    out = packed_attention(query, key, value, CU, max_length=9)
+    assert torch.equal(out[15:], torch.zeros_like(out[15:]))
+    out.sum().backward()
+    assert torch.equal(value.grad[15:], torch.zeros_like(value.grad[15:]))
+
+
+@pytest.mark.parametrize(("num_tokens", "max_length"), [(20, 9), (20, 20), (40, 9), (15, 9)])
+def test_covered_boundaries_reach_the_end_in_pieces_no_longer_than_a_question(
+    num_tokens, max_length
+):
+    covered = cover_padding(CU, num_tokens, max_length)
+    assert covered.dtype == torch.int32
+    assert torch.equal(covered[: len(CU)], CU)
+    assert covered[-1] == num_tokens
+    pieces = covered.diff()
+    assert pieces.min() >= 0
+    assert pieces.max() <= max_length
+
+
+def test_covered_padding_leaves_the_questions_alone():
+    query, key, value = qkv()
+    plain = packed_attention(query, key, value, CU, max_length=9)
+    covered = packed_attention(query, key, value, cover_padding(CU, 20, 9), max_length=9)
+    torch.testing.assert_close(covered[:15], plain[:15])
+
+
+def test_a_model_with_a_sliding_window_is_refused(tiny_gemma):
+    tiny_gemma.config.sliding_window = 4
+    with pytest.raises(ModelError, match="sliding_window=4"):
+        use_packed_attention(tiny_gemma)
+
+
+def test_a_packed_model_refuses_an_ordinary_batch_instead_of_scoring_it_wrong(
+    tiny_gemma, questions
+):
+    use_packed_attention(tiny_gemma)
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        tiny_gemma(questions[0][None])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cuda_kernel_equals_the_padded_layout():
+    query, key, value = (t.to("cuda", torch.bfloat16) for t in qkv())
+    covered = cover_padding(CU.to("cuda"), 20, 9)
+    kernel = packed_attention(query, key, value, covered, max_length=9)
+    padded = packed_attention(query.float(), key.float(), value.float(), covered, max_length=9)
+    torch.testing.assert_close(kernel.float(), padded, rtol=2e-2, atol=2e-2)

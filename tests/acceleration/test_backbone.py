@@ -1,0 +1,121 @@
+"""A packed row gives what one question at a time gives through stock transformers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from medqlora.acceleration import (
+    compile_backbone,
+    compile_mode,
+    find_backbone,
+    hidden_states,
+    last_hidden,
+    prepare_for_training,
+    use_packed_attention,
+)
+from medqlora.errors import ConfigError
+
+
+def stock_last_hidden(model, questions):
+    with torch.no_grad():
+        return torch.stack([model.model(q[None]).last_hidden_state[0, -1] for q in questions])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_packed_hidden_states_equal_one_question_at_a_time(
+    tiny_gemma, questions, pack, dtype, tolerance
+):
+    """Hidden states have variance 1 after the final norm, so the tolerance is relative to it."""
+    tiny_gemma.to(dtype)
+    expected = stock_last_hidden(tiny_gemma, questions)
+    use_packed_attention(tiny_gemma)
+    with torch.no_grad():
+        hidden = last_hidden(tiny_gemma, pack(questions))
+    assert hidden.dtype == dtype
+    torch.testing.assert_close(hidden[: len(questions)], expected, rtol=0, atol=tolerance)
+
+
+def test_scores_do_not_depend_on_neighbours_or_place(tiny_gemma, questions, pack):
+    use_packed_attention(tiny_gemma)
+    with torch.no_grad():
+        forward = last_hidden(tiny_gemma, pack(questions))[: len(questions)]
+        backward = last_hidden(tiny_gemma, pack(questions[::-1], budget=30))[: len(questions)]
+    torch.testing.assert_close(forward, backward.flip(0), rtol=0, atol=1e-5)
+
+
+def test_the_output_head_is_never_run(tiny_gemma, questions, pack):
+    use_packed_attention(tiny_gemma)
+    tiny_gemma.lm_head.register_forward_hook(lambda *args: pytest.fail("the head ran"))
+    last_hidden(tiny_gemma, pack(questions))
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    hidden_states(model, batch)[: batch.num_tokens].square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_gemma, questions, pack):
+    """Also with a frozen embedding, where reentrant checkpoints lose every gradient."""
+    tiny_gemma.model.embed_tokens.weight.requires_grad_(False)
+    use_packed_attention(tiny_gemma)
+    batch = pack(questions)
+    prepare_for_training(tiny_gemma, gradient_checkpointing=False)
+    plain = gradients(tiny_gemma, batch)
+    calls = []
+    layer = tiny_gemma.model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    prepare_for_training(tiny_gemma, gradient_checkpointing=True)
+    checkpointed = gradients(tiny_gemma, batch)
+    assert len(calls) == 2, "the layer was not computed again in the backward pass"
+    assert plain.keys() == checkpointed.keys()
+    assert "model.layers.0.self_attn.q_proj.weight" in plain
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad, rtol=0, atol=0, msg=name)
+
+
+def test_preparing_upcasts_nothing(tiny_gemma):
+    tiny_gemma.to(torch.bfloat16)
+    before = {n: p.dtype for n, p in tiny_gemma.named_parameters()}
+    prepare_for_training(tiny_gemma, gradient_checkpointing=True)
+    assert {n: p.dtype for n, p in tiny_gemma.named_parameters()} == before
+    assert tiny_gemma.training
+
+
+def test_a_float32_adapter_computes_with_a_16_bit_base(tiny_gemma, questions, pack):
+    from peft import LoraConfig, get_peft_model
+
+    tiny_gemma.to(torch.bfloat16)
+    use_packed_attention(tiny_gemma)
+    batch = pack(questions)
+    with torch.no_grad():
+        expected = last_hidden(tiny_gemma, batch)
+    model = get_peft_model(copy.deepcopy(tiny_gemma), LoraConfig(r=2, target_modules="all-linear"))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    torch.testing.assert_close(last_hidden(model, batch), expected, rtol=0, atol=0)
+
+
+def test_the_backbone_is_found_inside_an_adapter(tiny_gemma):
+    from peft import LoraConfig, get_peft_model
+
+    backbone = tiny_gemma.model
+    assert find_backbone(backbone) is backbone
+    assert find_backbone(tiny_gemma) is backbone
+    assert (
+        find_backbone(get_peft_model(tiny_gemma, LoraConfig(target_modules="all-linear")))
+        is backbone
+    )
+
+
+def test_the_compile_mode_follows_device_and_row_length(tiny_gemma):
+    assert compile_mode("auto", "cpu", 2048) == "none"
+    assert compile_mode("auto", "cuda", 2048) == "cuda_graphs"
+    assert compile_mode("auto", "cuda", 16384) == "default"
+    assert compile_backbone(tiny_gemma, "auto", "cpu", 2048) == "none"
+    with pytest.raises(ConfigError, match="cuda_graphs has no effect on cpu"):
+        compile_backbone(tiny_gemma, "cuda_graphs", "cpu", 2048)
+    with pytest.raises(ConfigError, match="is not known"):
+        compile_mode("fast", "cpu", 2048)

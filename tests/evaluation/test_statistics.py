@@ -1,0 +1,224 @@
+"""Known values and laws of intervals and paired tests."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from medqlora.errors import ConfigError
+from medqlora.evaluation import (
+    bootstrap_mean,
+    compare_family,
+    compare_runs,
+    compare_seeds,
+    holm,
+    mcnemar_exact,
+    wilson_interval,
+)
+from medqlora.schema import Prediction
+
+from .conftest import make_predictions, make_questions
+
+
+def _predict(correct, split="test"):
+    """Predictions that are right where `correct` says so."""
+    return [
+        Prediction(f"q{i}", split, "s", "single", 0, (0.0, -9.0) if right else (-9.0, 0.0))
+        for i, right in enumerate(correct)
+    ]
+
+
+def test_wilson_interval_has_the_published_values():
+    """Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3."""
+    for num_correct, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson_interval(num_correct, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_interval_holds_its_estimate_and_agrees_with_statsmodels(case):
+    num_correct, n = case
+    low, high = wilson_interval(num_correct, n)
+    assert 0 <= low <= num_correct / n <= high <= 1
+    assert (low, high) == pytest.approx(
+        proportion_confint(num_correct, n, method="wilson"), abs=1e-9
+    )
+
+
+def test_no_trials_have_no_interval():
+    for num_correct, n in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="No interval"):
+            wilson_interval(num_correct, n)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs():
+    assert mcnemar_exact(0, 5) == pytest.approx(2 / 2**5)
+    assert mcnemar_exact(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert mcnemar_exact(0, 0) == mcnemar_exact(7, 7) == 1
+    for a, b in ((3, 12), (40, 21)):
+        expected = mcnemar([[100, a], [b, 50]], exact=True).pvalue
+        assert mcnemar_exact(a, b) == mcnemar_exact(b, a) == pytest.approx(expected)
+
+
+def test_bootstrap_agrees_with_scipy():
+    values = np.random.default_rng(0).choice([-1.0, 0.0, 0.0, 1.0], size=300)
+    reference = stats.bootstrap(
+        (values,), np.mean, n_resamples=4000, method="percentile", rng=1
+    ).confidence_interval
+    own = bootstrap_mean(values)
+    assert own == pytest.approx((reference.low, reference.high), abs=0.01)
+    assert bootstrap_mean(values) == own
+    assert bootstrap_mean(np.ones(5)) == (1, 1)
+    with pytest.raises(ValueError, match="nothing"):
+        bootstrap_mean(np.zeros(0))
+
+
+def test_holm_multiplies_the_smallest_by_the_family():
+    """Holm 1979: p(1) * m, p(2) * (m - 1), ..., made monotone and cut at 1."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == pytest.approx([1, 1])
+    assert holm([]) == []
+
+
+def test_comparison_counts_the_discordant_questions():
+    a = _predict([1, 1, 1, 0, 0, 0, 0, 0])
+    b = _predict([1, 0, 0, 1, 1, 1, 1, 0])
+    result = compare_runs(a, list(reversed(b)), name_a="base", name_b="tuned")
+    assert (result.n, result.only_a, result.only_b) == (8, 2, 4)
+    assert (result.accuracy_a, result.accuracy_b) == (3 / 8, 5 / 8)
+    assert result.difference == pytest.approx(0.25)
+    assert result.ci_low <= result.difference <= result.ci_high
+    assert result.p_value == mcnemar_exact(2, 4)
+
+
+def test_comparison_turned_round_changes_only_the_sign():
+    questions = make_questions(80)
+    a, b = make_predictions(questions, 0.2, 1), make_predictions(questions, 1.5, 2)
+    there, back = compare_runs(a, b), compare_runs(b, a)
+    assert there.difference == -back.difference
+    assert there.p_value == back.p_value
+    assert there.ci_low == pytest.approx(-back.ci_high, abs=0.02)
+
+
+def test_a_run_equals_itself(predictions):
+    result = compare_runs(predictions, predictions)
+    assert (result.difference, result.p_value) == (0, 1)
+
+
+def test_predictions_of_other_data_are_refused(predictions):
+    other_ids = [replace(p, id=f"x{p.id}") for p in predictions]
+    other_answers = [replace(p, answer=(p.answer + 1) % 4) for p in predictions]
+    unlabelled = [replace(p, answer=None) for p in predictions]
+    val = [replace(p, split="val") for p in predictions]
+    for other, message in (
+        (other_ids, "0 of them the same"),
+        (predictions[:-1], "scored 120 questions and b 119"),
+        (other_answers, "disagree about the right answer of 120"),
+        (val, "0 of them the same"),
+        ([*predictions, predictions[0]], "twice"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare_runs(predictions, other)
+        with pytest.raises(ConfigError, match=message):
+            compare_seeds([predictions, predictions], [other])
+    with pytest.raises(ConfigError, match="sha256 aa and bb"):
+        compare_runs(predictions, predictions, sha256_a="aa", sha256_b="bb")
+    with pytest.raises(ConfigError, match="no labelled question"):
+        compare_runs(unlabelled, unlabelled)
+
+
+def test_unlabelled_questions_are_left_out(predictions):
+    partly = [replace(p, answer=None) if i < 20 else p for i, p in enumerate(predictions)]
+    assert compare_runs(partly, partly).n == 100
+
+
+def _simulate(rng, effect, seed_spread, seeds=3, n=150):
+    """Crossed seeds and questions, on the probability scale."""
+    easy = rng.uniform(0.2, 0.7, size=n)
+
+    def runs(shift):
+        return [
+            _predict(rng.random(n) < np.clip(easy + shift + rng.normal(0, seed_spread), 0, 1))
+            for _ in range(seeds)
+        ]
+
+    return compare_seeds(runs(0.0), runs(effect))
+
+
+def test_seed_spread_widens_the_interval():
+    """Two settings whose seeds differ by much cannot be told apart on those questions alone."""
+    n = 400
+    steady = [_predict(np.arange(n) < 200) for _ in range(3)]
+    better = [_predict(np.arange(n) < 240) for _ in range(3)]
+    erratic = [_predict(np.arange(n) < m) for m in (140, 240, 340)]
+    narrow, wide = compare_seeds(steady, better), compare_seeds(steady, erratic)
+    assert narrow.difference == pytest.approx(0.1)
+    assert wide.difference == pytest.approx(0.1)
+    assert narrow.p_value < 1e-6
+    assert wide.p_value > 0.1
+    assert wide.ci_high - wide.ci_low > 3 * (narrow.ci_high - narrow.ci_low)
+
+
+def test_identical_seeds_reduce_to_the_paired_t_test_on_questions():
+    rng = np.random.default_rng(0)
+    first, second = rng.random(200) < 0.4, rng.random(200) < 0.6
+    result = compare_seeds([_predict(first)] * 2, [_predict(second)] * 2)
+    expected = stats.ttest_rel(second.astype(float), first.astype(float))
+    assert result.p_value == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval()
+    assert (result.ci_low, result.ci_high) == pytest.approx((interval.low, interval.high))
+
+
+def test_mixed_comparison_covers_the_true_difference():
+    """95 % intervals hold the truth in at least about 95 % of repeated experiments."""
+    rng = np.random.default_rng(0)
+    results = [_simulate(rng, effect=0.05, seed_spread=0.05) for _ in range(120)]
+    # 106 of 120 or more: the 0.1 % point of 120 draws at 95 %.
+    assert sum(r.ci_low <= 0.05 <= r.ci_high for r in results) >= 106
+    assert np.mean([r.difference for r in results]) == pytest.approx(0.05, abs=0.015)
+
+
+def test_without_any_difference_there_is_none():
+    same = [_predict([1, 0, 1, 1])] * 2
+    result = compare_seeds(same, same)
+    assert (result.difference, result.p_value, result.ci_low, result.ci_high) == (0, 1, 0, 0)
+
+
+def test_one_run_of_each_says_nothing_about_seeds(predictions):
+    with pytest.raises(ConfigError, match="two runs"):
+        compare_seeds([predictions], [predictions])
+    with pytest.raises(ConfigError, match="too few"):
+        compare_seeds([predictions[:1]] * 2, [predictions[:1]])
+
+
+def test_a_family_is_corrected_together():
+    questions = make_questions(200)
+    runs = {f"r={r}": [make_predictions(questions, r / 4, r)] for r in (1, 2, 8)}
+    family = compare_family(runs, "r=1")
+    assert [(c.name_a, c.name_b) for c in family] == [("r=1", "r=2"), ("r=1", "r=8")]
+    assert [c.p_holm for c in family] == pytest.approx(holm([c.p_value for c in family]))
+    assert len(compare_family(runs)) == 3
+    runs["r=1"].append(make_predictions(questions, 0.25, 9))
+    pooled = compare_family(runs)
+    assert [c.num_seeds_a for c in pooled] == [2, 2, 1]
+    assert [c.only_a is None for c in pooled] == [True, True, False]
+
+
+def test_a_family_needs_members_and_the_same_data(predictions):
+    runs = {"a": [predictions], "b": [predictions]}
+    with pytest.raises(ConfigError, match="choose one of a, b"):
+        compare_family(runs, "c")
+    with pytest.raises(ConfigError, match="at least two"):
+        compare_family({"a": [predictions]})
+    with pytest.raises(ConfigError, match="different questions"):
+        compare_family(runs, sha256={"a": "1", "b": "2"})

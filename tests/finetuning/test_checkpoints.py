@@ -1,0 +1,385 @@
+"""Checkpoints are small, whole or absent, safe to read, and resume to the same bits."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+from medqlora.errors import CheckpointError, ConfigError, TrainingError
+from medqlora.finetuning import (
+    AtomicCheckpointIO,
+    GracefulStop,
+    NaNGuard,
+    RunCheckpoints,
+    RunInterrupted,
+    Throughput,
+    find_resumable,
+    fit,
+    load_trained_weights,
+    read_checkpoint,
+)
+from tests.finetuning.conftest import Rows
+
+IDENTITY = {"model.revision": "abc", "quant": "nf4", "config_hash": "0123"}
+EPOCHS = 3
+
+
+class Killed(Exception):
+    """Stands for a run that ends without warning."""
+
+
+class KillAfter(Callback):
+    """Ends the run after so many rows, before anything else hears of the row."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.rows == 0:
+            raise Killed
+        self.rows -= 1
+
+
+@pytest.fixture
+def run(make_module, make_trainer, rows, tmp_path):
+    """Train in `folder`, resuming from what is there."""
+
+    def train(folder: str, *callbacks: Callback, **options):
+        module = make_module(
+            "nf4",
+            options.pop("peft", "lora_r16"),
+            optimizer=options.pop("optimizer", "paged_adamw_8bit"),
+            steps=12,
+            overrides=options.pop("overrides", ("peft.lora_dropout=0.2",)),
+            seed=1,
+        )
+        directory = tmp_path / folder
+        checkpoints = RunCheckpoints(
+            directory, every_n_steps=options.pop("every_n_steps", 2), identity=IDENTITY
+        )
+        resume = find_resumable(directory, IDENTITY)
+        defaults = {"max_epochs": EPOCHS, "limit_val_batches": 2, "gradient_clip_val": 1.0}
+        trainer = make_trainer(
+            enable_checkpointing=True,
+            plugins=[AtomicCheckpointIO()],
+            callbacks=[*callbacks, Throughput(), checkpoints],
+            **(defaults | options),
+        )
+        # Another state of the generators than that of the interrupted run.
+        torch.manual_seed(os.getpid() if resume else 1)
+        fit(trainer, module, Rows(rows), ckpt_path=None if resume is None else str(resume))
+        return module, trainer, checkpoints
+
+    return train
+
+
+def everything(module, trainer):
+    """Adapter, optimiser, schedule and step as one comparable list."""
+    state = [(n, p.detach()) for n, p in module.model.named_parameters() if p.requires_grad]
+    for number, values in trainer.optimizers[0].state_dict()["state"].items():
+        nested = values.get("__bnb_optimizer_quant_state__", {})
+        state += [(f"{number}.{k}", v) for k, v in {**values, **nested}.items() if k[0] != "_"]
+    return [*state, ("lr", trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])]
+
+
+def assert_same(first, second):
+    assert [name for name, _ in first] == [name for name, _ in second]
+    for (name, a), (_, b) in zip(first, second, strict=True):
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert same, name
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("killed_after", [1, 3, 4, 5, 7, 10, 14])
+def test_a_killed_run_resumes_to_the_same_bits(run, killed_after, accumulate):
+    """Within an epoch, at its end, in mid-window, before any checkpoint; with dropout."""
+    options = {"accumulate_grad_batches": accumulate}
+    module, trainer, checkpoints = run("whole", **options)
+    with pytest.raises(Killed):
+        run("killed", KillAfter(killed_after), **options)
+    again, resumed, resumed_checkpoints = run("killed", **options)
+    assert resumed.global_step == trainer.global_step
+    assert_same(everything(again, resumed), everything(module, trainer))
+    assert resumed_checkpoints.best_score == checkpoints.best_score
+    assert resumed_checkpoints.best_step == checkpoints.best_step
+
+
+@pytest.mark.parametrize(
+    ("peft", "optimizer"),
+    [("adalora", "adamw"), ("dora_r16", "lion_8bit"), ("vera", "adafactor"), ("lora_r4", "muon")],
+)
+def test_other_methods_resume_to_the_same_bits(run, peft, optimizer):
+    options = {"peft": peft, "optimizer": optimizer, "overrides": ()}
+    module, trainer, _ = run("whole", **options)
+    with pytest.raises(Killed):
+        run("killed", KillAfter(8), **options)
+    again, resumed, _ = run("killed", **options)
+    assert_same(everything(again, resumed), everything(module, trainer))
+
+
+def test_validation_in_mid_epoch_does_not_change_the_run(run):
+    """Neither what it draws from the generators nor where it stands in a window."""
+    module, trainer, _ = run("plain", limit_val_batches=0)
+    other, validated, _ = run("validated", val_check_interval=2)
+    assert_same(everything(other, validated), everything(module, trainer))
+    with pytest.raises(Killed):
+        run("killed", KillAfter(9), val_check_interval=2)
+    again, resumed, _ = run("killed", val_check_interval=2)
+    assert_same(everything(again, resumed), everything(module, trainer))
+
+
+def test_a_resumed_run_counts_questions_once(run, rows):
+    """As a run that was never stopped: rows done again after the last checkpoint count once."""
+    with pytest.raises(Killed):
+        run("killed", KillAfter(8))
+    _, trainer, _ = run("killed")
+    throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
+    assert throughput.num_questions == EPOCHS * sum(r.num_questions for r in rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_the_exit_code_of_a_shell(run, number):
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), number)
+
+    before, stop = signal.getsignal(number), GracefulStop()
+    with pytest.raises(RunInterrupted) as error:
+        run("stopped", Signal(), stop, every_n_steps=100)
+    assert stop.received == number
+    assert error.value.exit_code == 128 + number
+    assert isinstance(error.value, KeyboardInterrupt)
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_in_mid_window_saves_after_the_update_and_loses_nothing(
+    run, tmp_path, make_module, make_trainer, rows
+):
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 4 and batch_idx == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    module, trainer, _ = run("whole", accumulate_grad_batches=2)
+    checkpoints = RunCheckpoints(tmp_path / "stopped", every_n_steps=100, identity=IDENTITY)
+    stopped = make_module(
+        "nf4",
+        "lora_r16",
+        optimizer="paged_adamw_8bit",
+        steps=12,
+        overrides=("peft.lora_dropout=0.2",),
+        seed=1,
+    )
+    torch.manual_seed(1)
+    with pytest.raises(RunInterrupted, match="state saved at step 5"):
+        fit(
+            make_trainer(
+                max_epochs=EPOCHS,
+                limit_val_batches=2,
+                gradient_clip_val=1.0,
+                accumulate_grad_batches=2,
+                enable_checkpointing=True,
+                plugins=[AtomicCheckpointIO()],
+                callbacks=[Signal(), Throughput(), checkpoints, GracefulStop(checkpoints)],
+            ),
+            stopped,
+            Rows(rows),
+        )
+    assert (tmp_path / "stopped" / "last.ckpt").exists()
+    again, resumed, _ = run("stopped", accumulate_grad_batches=2)
+    assert_same(everything(again, resumed), everything(module, trainer))
+
+
+def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_loses_nothing(run, tmp_path):
+    with pytest.raises(Killed):
+        run("killed", KillAfter(10), every_n_steps=1)
+    folder = tmp_path / "killed"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt", "last.prev.ckpt"]
+    last, previous = (read_checkpoint(folder / n) for n in ("last.ckpt", "last.prev.ckpt"))
+    assert last["global_step"] == previous["global_step"] + 1
+    assert find_resumable(folder) == folder / "last.ckpt"
+    content = bytearray((folder / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (folder / "last.ckpt").write_bytes(content)
+    assert find_resumable(folder) == folder / "last.prev.ckpt"
+    module, trainer, _ = run("whole")
+    again, resumed, _ = run("killed")
+    assert_same(everything(again, resumed), everything(module, trainer))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "text"])
+def test_a_damaged_checkpoint_is_told_in_one_line(run, tmp_path, damage):
+    run("run", max_epochs=1)
+    path = tmp_path / "run" / "last.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    new = {
+        "flipped": bytes(content),
+        "truncated": path.read_bytes()[:-500],
+        "empty": b"",
+        "text": b"checkpoint",
+    }
+    path.write_bytes(new[damage])
+    with pytest.raises(CheckpointError, match="is damaged") as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "run" / "last.prev.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        find_resumable(tmp_path / "run")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    marker = tmp_path / "ran"
+
+    class Malicious:
+        def __reduce__(self):
+            return (os.system, (f"touch {marker}",))
+
+    torch.save({"state_dict": {}, "x": Malicious()}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="would run code") as error:
+        read_checkpoint(tmp_path / "last.ckpt")
+    assert "\n" not in str(error.value)
+    with pytest.raises(CheckpointError, match="would run code"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    (tmp_path / "raw.ckpt").write_bytes(pickle.dumps({"state_dict": {}, "x": Malicious()}))
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / "raw.ckpt")
+    assert not marker.exists()
+
+
+def test_a_missing_checkpoint_is_told(tmp_path):
+    assert find_resumable(tmp_path) is None
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_a_checkpoint_on_another_base_is_refused(run, tmp_path, key):
+    run("run", max_epochs=1)
+    other = IDENTITY | {key: "other"}
+    with pytest.raises(CheckpointError, match=f"{key}={IDENTITY[key]}, this run has {key}=other"):
+        find_resumable(tmp_path / "run", other)
+    with pytest.raises(CheckpointError, match="this run has"):
+        read_checkpoint(tmp_path / "run" / "last.ckpt", other)
+
+
+def test_a_checkpoint_of_another_rank_does_not_load(run, tmp_path):
+    run("run", max_epochs=1)
+    with pytest.raises(CheckpointError, match="weights differ"):
+        run("run", peft="lora_r8")
+
+
+def test_the_best_checkpoint_is_that_of_the_best_validation(run, tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            value = trainer.callback_metrics["val/accuracy"].item()
+            state = {n: p.detach().clone() for n, p in pl_module.model.named_parameters()}
+            seen.append((value, {n: p for n, p in state.items() if "lora_" in n}))
+
+    module, _, checkpoints = run("run", Watch())
+    assert len(seen) == EPOCHS
+    best, state = max(seen, key=lambda pair: pair[0])
+    assert checkpoints.best_score == pytest.approx(best)
+    load_trained_weights(module.model, checkpoints.best_path)
+    for name, parameter in module.model.named_parameters():
+        if name in state:
+            assert torch.equal(parameter, state[name])
+
+
+@pytest.mark.parametrize(
+    ("where", "says"), [("mlp", "the loss became nan"), ("q_proj", "tensors are not finite")]
+)
+def test_no_checkpoint_is_written_of_a_run_that_is_not_finite(run, tmp_path, where, says):
+    """On the CPU attention swallows the NaN of a query: the loss is finite, the gradient is not."""
+
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 6:
+                with torch.no_grad():
+                    next(p for n, p in pl_module.named_parameters() if where in n and "lora" in n)[
+                        :
+                    ] = float("nan")
+
+    with pytest.raises(TrainingError, match=says) as error:
+        run("run", Poison(), NaNGuard(every_n_rows=1000), every_n_steps=1)
+    assert "\n" not in str(error.value)
+    for name in ("last.ckpt", "last.prev.ckpt"):
+        state = read_checkpoint(tmp_path / "run" / name)["state_dict"]
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"a": torch.ones(1)}}, path)
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"a": torch.zeros(1)}}, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert read_checkpoint(path)["state_dict"]["a"] == 1
+
+
+def test_a_kill_while_writing_leaves_a_checkpoint(tmp_path):
+    """A process that writes without end is killed at some moment; one of the two files is whole."""
+    script = tmp_path / "write.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, torch
+            from medqlora.finetuning.checkpoints import AtomicCheckpointIO
+            io, n = AtomicCheckpointIO(), 0
+            while True:
+                io.save_checkpoint({"state_dict": {"n": torch.full((20000,), n)}}, sys.argv[1])
+                n += 1
+                print(n, flush=True)
+            """
+        )
+    )
+    path = tmp_path / "run" / "last.ckpt"
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert process.stdout is not None
+    for _ in range(7):
+        done = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    found = find_resumable(path.parent)
+    assert found is not None
+    assert read_checkpoint(found)["state_dict"]["n"][0] >= done - 2
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="saves never"):
+        RunCheckpoints(tmp_path, every_n_steps=0)
+    with pytest.raises(ConfigError, match="is not known"):
+        RunCheckpoints(tmp_path, mode="highest")
+
+
+def test_a_rank_16_checkpoint_of_the_full_size_is_below_250_mb(run, tmp_path):
+    """Bytes a trained number, measured here with float32 AdamW, times those of Gemma-2B."""
+    module, _, _ = run("run", max_epochs=1, peft="lora_r64", optimizer="adamw", overrides=())
+    overhead = 60_000  # RNG, loops and names do not grow with the model's width
+    size = (tmp_path / "run" / "last.ckpt").stat().st_size - overhead
+    full_size = 18 * 16 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 16384))
+    assert full_size == 19_611_648
+    assert size / module.num_trainable * full_size < 250e6

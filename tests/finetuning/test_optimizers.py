@@ -1,0 +1,97 @@
+"""Who decays, at which rate; every optimiser takes steps and survives a save."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from medqlora.errors import ConfigError
+from medqlora.finetuning import attach_adapter
+from medqlora.finetuning.optimizers import muon, parameter_groups
+from tests.finetuning.conftest import Rows, option
+
+NAMES = (
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "lion_8bit",
+    "adafactor",
+    "muon",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_optimiser_takes_two_steps_and_goes_on_after_a_save(
+    name, make_module, make_trainer, rows
+):
+    """A third step after loading the state equals a third step without."""
+    module = make_module("nf4", "lora_r64", optimizer=name, scheduler="constant", steps=4)
+    start = {n: p.detach().clone() for n, p in module.model.named_parameters() if p.requires_grad}
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(module, Rows(rows))
+    trained = dict(module.model.named_parameters())
+    changed = [n for n, p in start.items() if not torch.equal(p, trained[n])]
+    assert len(changed) == len(start)
+
+    named = [(n, p) for n, p in module.model.named_parameters() if p.requires_grad]
+    first = trainer.optimizers[0]
+    saved = copy.deepcopy(first.state_dict())
+    weights = [p.detach().clone() for _, p in named]
+
+    def step(optimizer):
+        for _, p in named:
+            p.grad = torch.full_like(p, 0.01)
+        optimizer.step()
+        return [p.detach().clone() for _, p in named]
+
+    expected = step(first)
+    with torch.no_grad():
+        for (_, p), w in zip(named, weights, strict=True):
+            p.copy_(w)
+    second = option("optimizer", name)(named)
+    second.load_state_dict(saved)
+    for ours, theirs in zip(step(second), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_norms_biases_and_vectors_do_not_decay():
+    named = [
+        ("layer.lora_A.weight", torch.nn.Parameter(torch.ones(2, 3))),
+        ("layer.bias", torch.nn.Parameter(torch.ones(3))),
+        ("norm.weight", torch.nn.Parameter(torch.ones(3))),
+        ("layer.ia3_l", torch.nn.Parameter(torch.ones(3, 1))),
+    ]
+    groups = parameter_groups(named, lr=0.1, weight_decay=0.5)
+    by_decay = {g["weight_decay"]: g["params"] for g in groups}
+    assert [p is named[0][1] for p in by_decay[0.5]] == [True]
+    assert len(by_decay[0.0]) == 3
+
+
+def test_loraplus_gives_b_its_own_rate_and_changes_nothing_else():
+    """Hayou et al. 2024, section 4: the rate of B is `ratio` times that of A."""
+    a = ("layer.lora_A.default.weight", torch.nn.Parameter(torch.ones(2, 3)))
+    b = ("layer.lora_B.default.weight", torch.nn.Parameter(torch.ones(3, 2)))
+    groups = parameter_groups([a, b], lr=0.1, weight_decay=0.0, loraplus_ratio=16.0)
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    assert rates[id(a[1])] == pytest.approx(0.1)
+    assert rates[id(b[1])] == pytest.approx(1.6)
+
+
+def test_loraplus_without_lora_is_refused(base):
+    model = attach_adapter(base("nf4"), option("peft", "ia3"))
+    with pytest.raises(ConfigError, match=r"loraplus_ratio=16\.0 has no effect"):
+        parameter_groups(model.named_parameters(), lr=0.1, loraplus_ratio=16.0)
+
+
+def test_nothing_to_train_is_refused(base):
+    with pytest.raises(ConfigError, match="peft=none leaves no weight to train"):
+        parameter_groups(base("nf4").named_parameters(), lr=0.1)
+
+
+def test_muon_refuses_vectors_by_name():
+    vector = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ConfigError, match=r"optimizer=muon updates matrices.*norm\.weight"):
+        muon([("norm.weight", vector)], lr=0.1)
