@@ -1,9 +1,22 @@
 """QLoRA of Gemma-2B on medical multiple-choice questions."""
 
 import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medqlora.pipeline import load_run as load_run
 
 __version__ = "0.1.0"
 
 # On the CPU bitsandbytes looks for a faster kernel on the hub and warns when the finder is not
 # installed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def __getattr__(name: str) -> Any:
+    """`load_run(dir).predict(questions)`, imported on first use: `pipeline` takes seconds."""
+    if name == "load_run":
+        from medqlora.pipeline import load_run
+
+        return load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,14 +1,18 @@
 """What every command shares: Hydra around a function, one line for an expected failure, exit codes.
 
-Exit code 0 only when all that was asked was done, 2 for a bad request, 1 for a failed run, 130
-after Ctrl-C, 143 after SIGTERM. `HYDRA_FULL_ERROR=1` shows tracebacks instead.
+Exit code 0 only when all that was asked was done, 2 for a bad request, 1 for a failed run or for a
+sweep with a failed job, 130 after Ctrl-C, 143 after SIGTERM. `HYDRA_FULL_ERROR=1` shows tracebacks
+instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,7 +22,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medqlora.config import CONFIG_DIR
@@ -27,6 +31,39 @@ from medqlora.errors import MedQLoRAError
 log = logging.getLogger("medqlora")
 
 Task = Callable[[DictConfig, Path], None]
+
+
+class _JobFailed(Exception):
+    """Carries the failure of a job out of a worker process of a launcher."""
+
+
+def sweep_name(arguments: list[str] | None = None) -> str:
+    """A folder name that the same command line always gets, so that its sweep is found again.
+
+    Args:
+        arguments: Words of the command line; None for those of this process.
+
+    Returns:
+        The swept keys and eight digits of a hash of all overrides but those of Hydra.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    overrides = sorted(word for word in words if not word.startswith(("-", "hydra")))
+    swept = [word.partition("=")[0] for word in overrides if _is_swept(word)]
+    keys = re.sub(r"[^\w.-]+", "_", "-".join(swept))[:60]
+    digest = hashlib.sha256("\0".join(overrides).encode()).hexdigest()[:8]
+    return f"{keys}-{digest}" if keys else digest
+
+
+def _is_swept(override: str) -> bool:
+    """Whether an override names several values."""
+    value = override.partition("=")[2]
+    return value.startswith(("choice(", "range(", "glob(")) or (
+        "," in value and not value.startswith(("[", "{", '"', "'"))
+    )
+
+
+# Cached, so that the workers of a launcher get the name of the line that was typed.
+OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(), use_cache=True, replace=True)
 
 
 def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
@@ -46,6 +83,7 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
             show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing
             exit_codes: list[int] = []
+            process = os.getpid()
 
             def job(cfg: DictConfig) -> None:
                 run_dir = Path(HydraConfig.get().runtime.output_dir)
@@ -56,9 +94,15 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 except BaseException as error:
                     if show_traceback or isinstance(error, SystemExit):
                         raise
-                    exit_codes.append(_report(error))
+                    place = f"job {HydraConfig.get().job.num}: " if is_sweep() else ""
+                    code = _report(error, place)
+                    exit_codes.append(1 if is_sweep() and code == 2 else code)
+                    if code == 2 and not is_sweep():
+                        _remove_if_unused(run_dir, f"{config_name}.log")
                     if isinstance(error, KeyboardInterrupt):
                         raise
+                    if os.getpid() != process:
+                        raise _JobFailed from None
                 finally:
                     _close_logs()
 
@@ -67,6 +111,8 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 hydra.main(
                     version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name
                 )(job)()
+            except _JobFailed:
+                exit_codes.append(1)
             except (KeyboardInterrupt, HydraException, OmegaConfBaseException, ValueError) as error:
                 if show_traceback:
                     raise
@@ -101,26 +147,64 @@ def move_log(old: Path, new: Path) -> None:
             handler.close()
             path = Path(handler.baseFilename)
             _log_to(new / path.name)
-            path.unlink()
+            if not (old / "metrics.json").exists():
+                path.unlink()
     with contextlib.suppress(OSError):
         old.rmdir()
 
 
 def is_sweep() -> bool:
     """Whether the job that runs now is one of several (`-m`)."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def choices(verb: str) -> dict[str, str | None]:
+    """The option chosen in each config group of the job that runs now.
+
+    Args:
+        verb: The entry point; empty where another one runs, as for the baselines of `train`.
+    """
+    if not HydraConfig.initialized() or HydraConfig.get().job.name != verb:
+        return {}
+    return {
+        str(group): option if option is None else str(option)
+        for group, option in HydraConfig.get().runtime.choices.items()
+        if not str(group).startswith("hydra/")
+    }
+
+
+def command_line(verb: str) -> str:
+    """The command that runs this job alone, as a shell would read it again.
+
+    Args:
+        verb: The entry point, such as "train".
+    """
+    words = sys.argv[1:]
+    if is_sweep():
+        task = HydraConfig.get().overrides.task
+        # The values that a named sweep gives to this job are overrides of the job already.
+        words = [word for word in task if not word.startswith(("sweep=", "+sweep="))]
+    return f"python -m medqlora.{verb} " + shlex.join(words)
 
 
 def one_line(error: BaseException) -> str:
     """The message of an exception on a single line, its type named where it was not foreseen."""
     message = ", ".join(line.strip() for line in str(error).splitlines() if line.strip())
     message = message.replace(":, ", ": ")
-    foreseen = isinstance(error, (MedQLoRAError, HydraException, OmegaConfBaseException))
-    return message if foreseen and message else f"{type(error).__name__}: {message}"
+    name = type(error).__name__
+    known = (MedQLoRAError, HydraException, OmegaConfBaseException, KeyboardInterrupt)
+    if isinstance(error, known):
+        return message or name
+    return f"{name}: {message}" if message else name
 
 
-def _report(error: BaseException) -> int:
-    """Print one line about a failure to standard error and return its exit code."""
+def _report(error: BaseException, place: str = "") -> int:
+    """Print one line about a failure to standard error and return its exit code.
+
+    Args:
+        error: What was raised.
+        place: Which job it was, in front of the message.
+    """
     if isinstance(error, KeyboardInterrupt):
         code, text = getattr(error, "exit_code", 130), str(error) or "interrupted"
     elif isinstance(error, MedQLoRAError):
@@ -131,13 +215,22 @@ def _report(error: BaseException) -> int:
         log.debug("traceback", exc_info=error)
         code, text = 1, f"{one_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
     log.debug("ended with exit code %d: %s", code, text)
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"error: {place}{text}", file=sys.stderr, flush=True)
     return code
 
 
 def _keeps_log() -> bool:
     """Verbs that only print set `hydra.run.dir=.` and leave no file behind."""
     return HydraConfig.get().run.dir != "." or is_sweep()
+
+
+def _remove_if_unused(run_dir: Path, log_name: str) -> None:
+    """A request that was refused before anything was written leaves no folder behind."""
+    _close_logs()
+    with contextlib.suppress(OSError):
+        if {path.name for path in run_dir.iterdir()} == {log_name}:
+            (run_dir / log_name).unlink()
+            run_dir.rmdir()
 
 
 def _close_logs() -> None:

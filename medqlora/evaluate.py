@@ -1,27 +1,89 @@
-"""Score a run, or a bare base model, on a split or on other files.
+"""Score a run, a bare base, a PEFT folder or any causal language model.
 
 python -m medqlora.evaluate run=runs/DAY/TIME split=val
 python -m medqlora.evaluate peft=none quant=nf4
+
+Which questions share a row, and in what order, moves a score by rounding alone: at most 1e-4 nats
+where the base computes in float32. In bfloat16 it moves by a few hundredths of a nat, which can
+turn a question whose two best letters are that close.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.table import Table
 
 from medqlora import pipeline
+from medqlora.data import MedMCQADataModule
 from medqlora.entry import command, is_sweep
-from medqlora.errors import ConfigError
-from medqlora.evaluation import read_run
-from medqlora.evaluation.tables import breakdown_table, result_row, result_table
-from medqlora.runs import describe, recorded, score_into
+from medqlora.errors import ConfigError, MedQLoRAError
+from medqlora.evaluation import (
+    Comparison,
+    cyclic_orders,
+    read_predictions,
+    read_run,
+    score_arrays,
+    summarise,
+    to_predictions,
+    write_predictions,
+)
+from medqlora.evaluation.generation import (
+    Generator,
+    Reply,
+    parse_letter,
+    summarise_replies,
+    unpack,
+    write_replies,
+)
+from medqlora.evaluation.results import RunResult
+from medqlora.evaluation.sections import (
+    BASE_NLL,
+    calibration_section,
+    constant_letter,
+    content_free_questions,
+    contextual_section,
+    permutation_section,
+    reorder,
+)
+from medqlora.evaluation.tables import (
+    ResultRow,
+    accuracy_text,
+    breakdown_table,
+    comparison_table,
+    result_row,
+    result_table,
+)
+from medqlora.finetuning import MCQAModule
+from medqlora.finetuning.callbacks import peak_memory_gb
+from medqlora.runs import (
+    RunRecord,
+    describe,
+    record_base,
+    record_calibration,
+    record_score,
+    recorded,
+    resolved,
+    score_into,
+    section_key,
+)
+from medqlora.schema import LETTERS
+
+log = logging.getLogger(__name__)
 
 _FROM_RUN = ("data", "prompt", "model", "quant", "peft", "seed")
 _SPLITS = ("train", "val", "test")
+_MODES = ("score", "generate")
+_CALIBRATE = ("auto", "val", "none")
 
 
 def evaluate(cfg: DictConfig, run_dir: Path) -> Path:
@@ -37,24 +99,232 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> Path:
     Raises:
         MedQLoRAError: If the request cannot work.
     """
-    if cfg.split not in _SPLITS:
-        raise ConfigError(f"split={cfg.split} is unknown. Choose {', '.join(_SPLITS)}.")
+    sweep = is_sweep()
+    backend = "" if sweep else _check(cfg)
+    with recorded(cfg, run_dir, "evaluate", keep_refused=sweep) as record:
+        if sweep:
+            backend = _check(cfg)  # the table of a sweep has a row for a refused job as well
+        datamodule = pipeline.build_datamodule(cfg)
+        datamodule.setup()
+        _check_data(cfg, datamodule)
+        splits = ["val", cfg.split] if cfg.evaluate.calibrate == "val" else [cfg.split]
+        if backend == "packed" and cfg.evaluate.mode == "score":
+            scorer = score_into(record, cfg, datamodule, splits)
+        else:
+            scorer = _generate_into(record, cfg, datamodule, splits)
+        record.metrics["scoring"] |= {"backend": backend, "mode": cfg.evaluate.mode}
+        _complete(record, cfg, datamodule, scorer)
+    return run_dir
+
+
+def _check(cfg: DictConfig) -> str:
+    """Refuse what cannot work before any data or weight is read; the backend that scores."""
+    options = cfg.evaluate
+    for key, value, choices in (
+        ("split", cfg.split, _SPLITS),
+        ("evaluate.mode", options.mode, _MODES),
+        ("evaluate.calibrate", options.calibrate, _CALIBRATE),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{key}={value} is unknown. Choose {', '.join(choices)}.")
     if cfg.adapter is None and pipeline.make(cfg.get("peft")) is not None:
         raise ConfigError(
             "peft chooses what is trained, and evaluate trains nothing. Give run=DIR or "
             "adapter=FOLDER to score an adapter, or peft=none for the bare base."
         )
+    if options.calibrate == "val" and cfg.split == "val":
+        raise ConfigError(
+            "evaluate.calibrate=val fits the temperature on the split it would be measured on. "
+            "Choose split=test, or evaluate.calibrate=none."
+        )
+    for key, least in (("permutations", 1), ("max_new_tokens", 1)):
+        value = options[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"evaluate.{key}={value} is no number from {least} up. Give one.")
     pipeline.check(cfg)
-    with recorded(cfg, run_dir, "evaluate", keep_refused=is_sweep()) as record:
-        datamodule = pipeline.build_datamodule(cfg)
-        datamodule.setup()
-        if cfg.split not in datamodule.questions:
-            raise ConfigError(
-                f"data={datamodule.name} has no {cfg.split} questions here. Choose split="
-                f"{' or '.join(datamodule.questions)}, or give data.{cfg.split}_file."
+    if options.base is not None:
+        read_run(options.base)
+    return pipeline.scoring_backend(cfg)
+
+
+def _check_data(cfg: DictConfig, datamodule: MedMCQADataModule) -> None:
+    needed = {cfg.split} | ({"val"} if cfg.evaluate.calibrate == "val" else set())
+    for split in sorted(needed - datamodule.questions.keys()):
+        raise ConfigError(
+            f"data={datamodule.name} has no {split} questions here. Choose split="
+            f"{' or '.join(datamodule.questions)}, or give data.{split}_file."
+            + ("" if split == cfg.split else " Or set evaluate.calibrate=none.")
+        )
+    if cfg.evaluate.permutations not in (1, datamodule.num_options):
+        raise ConfigError(
+            f"evaluate.permutations={cfg.evaluate.permutations} is not every cyclic order of "
+            f"{datamodule.num_options} options, and a preference for places cancels only over all. "
+            f"Choose 1 or {datamodule.num_options}."
+        )
+
+
+def _generate_into(
+    record: RunRecord, cfg: DictConfig, datamodule: MedMCQADataModule, splits: list[str]
+) -> Generator:
+    """Score splits through stock `generate`; with mode=generate let the model reply as well."""
+    generator = pipeline.build_generator(cfg, datamodule, cfg.adapter)
+    record.metrics["data"] = pipeline.data_section(datamodule)
+    record.metrics["model"] = pipeline.model_section(cfg, generator.model)
+    device = pipeline.device_of(cfg)
+    for split in splits:
+        questions = datamodule.questions[split]
+        scores = torch.zeros(len(questions), datamodule.num_options)
+        written: list[int | None] = [None] * len(questions)
+        texts = [""] * len(questions)
+        replying = cfg.evaluate.mode == "generate" and split == cfg.split
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        for batch in datamodule.loader(split):
+            rows, prompts = zip(*unpack(batch), strict=True)
+            letters, scores[list(rows)] = generator.letters(prompts)
+            if replying:
+                replies = generator.replies(prompts, cfg.evaluate.max_new_tokens)
+                for row, letter, text in zip(rows, letters.tolist(), replies, strict=True):
+                    written[row], texts[row] = letter, text
+        seconds = time.perf_counter() - started
+        predictions = to_predictions(questions, split, torch.arange(len(questions)), scores)
+        section = summarise(predictions, questions)
+        record_score(
+            record, split, pipeline.Scored(predictions, section, seconds, peak_memory_gb(device))
+        )
+        if replying:
+            read = [
+                parse_letter(text, question.options)
+                for text, question in zip(texts, questions, strict=True)
+            ]
+            record.metrics["generation"] = {
+                "max_new_tokens": cfg.evaluate.max_new_tokens,
+                "constrained": summarise_replies(written, predictions),
+                "free": summarise_replies(read, predictions),
+            }
+            write_replies(
+                record.run_dir,
+                [
+                    Reply(p.id, split, p.answer, letter, text)
+                    for p, letter, text in zip(predictions, read, texts, strict=True)
+                ],
             )
-        score_into(record, cfg, datamodule, [cfg.split])
-    return run_dir
+    record_calibration(record, splits)
+    return generator
+
+
+def _complete(
+    record: RunRecord,
+    cfg: DictConfig,
+    datamodule: MedMCQADataModule,
+    scorer: MCQAModule | Generator,
+) -> None:
+    """Everything beside the plain numbers: base, temperature, orders, figures."""
+    questions = datamodule.questions[cfg.split]
+    name = name_of(resolved(cfg))
+    base = base_of(cfg)
+    if base is not None:
+        try:
+            record_base(record, base, cfg.split, questions, name)
+        except MedQLoRAError as error:
+            if cfg.evaluate.base is not None:
+                raise
+            log.info("not compared with %s: %s", base, error)
+    predictions = read_predictions(record.run_dir, cfg.split)
+    section = record.metrics[section_key(cfg.split)]
+    _calibrate(record, cfg, predictions)
+    letter = constant_letter(section)
+    if letter is not None and len(predictions) > 1:
+        log.warning(
+            "every one of the %d predictions is %s: this model tells no question from another",
+            len(predictions),
+            LETTERS[letter],
+        )
+    if section["num_unlabelled"]:
+        log.warning(
+            "%d of %d questions have no label: they are in predictions.parquet and in no accuracy",
+            section["num_unlabelled"],
+            len(predictions),
+        )
+    if cfg.evaluate.permutations > 1:
+        scores = [score_arrays(predictions)[0]]
+        for order in cyclic_orders(datamodule.num_options)[1:]:
+            shown = [reorder(question, order) for question in questions]
+            scores.append(pipeline.score_questions(scorer, datamodule, shown).double().numpy())
+        permuted, debiased = permutation_section(predictions, np.stack(scores))
+        record.metrics["permutations"] = permuted
+        write_predictions(record.run_dir / "permutations", debiased)
+    if cfg.evaluate.contextual_calibration:
+        empty = content_free_questions(datamodule.num_options)
+        content_free = pipeline.score_questions(scorer, datamodule, empty).double().numpy()
+        contextual, calibrated = contextual_section(predictions, content_free)
+        record.metrics["contextual_calibration"] = contextual
+        write_predictions(record.run_dir / "contextual_calibration", calibrated)
+    if cfg.evaluate.figures:
+        _draw(record, cfg, predictions, section, name)
+
+
+def _draw(
+    record: RunRecord,
+    cfg: DictConfig,
+    predictions: list[Any],
+    section: Mapping[str, Any],
+    name: str,
+) -> None:
+    from medqlora.evaluation.figures import save_figure, split_figures  # a second to import
+
+    calibration = record.metrics.get("calibration") or {}
+    measured = calibration.get("split") == cfg.split
+    figures = split_figures(
+        section,
+        predictions,
+        temperature=calibration.get("temperature") if measured else None,
+        title=f"{name}, {cfg.split}",
+    )
+    for stem, figure in figures.items():
+        save_figure(figure, record.run_dir / "figures" / stem)
+
+
+def base_of(cfg: DictConfig) -> Path | None:
+    """The evaluated bare base to compare with, if any."""
+    if cfg.evaluate.base is not None:
+        return Path(cfg.evaluate.base)
+    if cfg.get("of_run") is None or cfg.adapter is None:
+        return None
+    folders = (Path(cfg.of_run) / "baselines" / name for name in reversed(pipeline.BASELINES))
+    return next((folder for folder in folders if (folder / "metrics.json").is_file()), None)
+
+
+def _calibrate(record: RunRecord, cfg: DictConfig, predictions: list[Any]) -> None:
+    """Use the temperature of the run where none was fitted here."""
+    if cfg.evaluate.calibrate == "none":
+        record.metrics.pop("calibration", None)
+    elif cfg.evaluate.calibrate == "val":
+        fitted = record.metrics.get("calibration")
+        if fitted is None:
+            raise ConfigError(
+                "evaluate.calibrate=val needs labelled val questions, and these have no labels. "
+                "Set evaluate.calibrate=none."
+            )
+        if cfg.split != "test":
+            record.metrics["calibration"] = calibration_section(
+                fitted["temperature"], predictions, num_fitted=fitted["num_fitted"]
+            )
+    # Measured on val, a temperature fitted on val would look too good.
+    elif cfg.get("of_run") is not None and cfg.split != "val":
+        run = read_run(cfg.of_run)
+        fitted = run.metrics.get("calibration") or {}
+        if fitted.get("temperature") and _same_model(cfg, run):
+            record.metrics["calibration"] = calibration_section(
+                fitted["temperature"], predictions, num_fitted=fitted.get("num_fitted")
+            )
+
+
+def _same_model(cfg: DictConfig, run: RunResult) -> bool:
+    """Whether what is scored is what the run's temperature was fitted for."""
+    with_adapter = pipeline.adapter_of(run.run_dir, run.config or {}) is not None
+    return with_adapter == (cfg.adapter is not None)
 
 
 def with_run(cfg: DictConfig, overridden: set[str]) -> DictConfig:
@@ -62,10 +332,12 @@ def with_run(cfg: DictConfig, overridden: set[str]) -> DictConfig:
 
     Args:
         cfg: The composed config.
-        overridden: Groups and top-level keys that were given on the command line.
+        overridden: Keys that were given on the command line. A group ("data") comes whole from the
+            command line; of one that comes from the run, single values ("data.limit_test") change.
 
     Returns:
-        A config with `run` replaced by its parts; `adapter` names the run's adapter.
+        A config with `run` replaced by its parts: `adapter` names the run's adapter and `of_run`
+        the run, so that the result says all of it again when it is run a second time.
 
     Raises:
         ConfigError: If `run` and `adapter` are both given.
@@ -82,26 +354,122 @@ def with_run(cfg: DictConfig, overridden: set[str]) -> DictConfig:
             merged[key] = saved[key]
     bare = "peft" in overridden
     folder = None if bare else pipeline.adapter_of(Path(cfg.run), saved)
+    merged |= {"run": None, "of_run": str(cfg.run)}
     merged["adapter"] = None if folder is None else str(folder)
     merged["peft"] = {}
-    return OmegaConf.create(merged)
+    complete = OmegaConf.create(merged)
+    for key in overridden:
+        group = key.split(".")[0]
+        if key != group and group in _FROM_RUN and group not in overridden:
+            OmegaConf.update(complete, key, OmegaConf.select(cfg, key), force_add=True)
+    return complete
+
+
+def print_result(run_dir: Path, split: str, *, base: Path | None = None) -> None:
+    """The tables an evaluation ends in.
+
+    Args:
+        run_dir: Its run folder.
+        split: What was scored.
+        base: Run folder of the base it was compared with.
+    """
+    run = read_run(run_dir)
+    key = section_key(split)
+    section = run.metrics[key]
+    console = Console()
+    rows = [_row(run, key)]
+    if base is not None and BASE_NLL in section["by"]:
+        rows.insert(0, _row(read_run(base), key))
+    title = f"{run.metrics['data']['name']}, {split} split"
+    console.print(result_table(rows, title=title))
+    if paired := (run.metrics.get("paired") or {}).get(split):
+        console.print(comparison_table([Comparison(**paired)], title="question by question"))
+    if section["n"]:
+        console.print(breakdown_table(section, "subject_name"))
+        for name, heading in (
+            ("difficulty", "by difficulty, read from the stem"),
+            (BASE_NLL, "by difficulty, tertiles of the base's loss"),
+        ):
+            if section["by"].get(name):
+                console.print(breakdown_table(section, name, heading))
+    if extra := _extra_table(run.metrics, section):
+        console.print(extra)
+    console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
+
+
+def name_of(config: Mapping[str, Any]) -> str:
+    """What was scored in a few words; an adapter of a run by how the run made it."""
+    if config.get("of_run") and config.get("adapter"):
+        made = pipeline.read_config(config["of_run"])
+        if not made.get("adapter"):
+            return describe({**made, "quant": config["quant"]})
+    return describe(config)
+
+
+def _row(run: RunResult, key: str) -> ResultRow:
+    return result_row(run, key, name=name_of(run.config or {}))
+
+
+def _extra_table(metrics: Mapping[str, Any], section: Mapping[str, Any]) -> Table | None:
+    """One line each for letter shares, temperature, orders, contextual calibration and replies."""
+    lines: list[tuple[str, str]] = []
+    baseline = {key: section[key] for key in ("majority_accuracy", "num_unlabelled")}
+    if section["letter_share"]:
+        right = section["letter_accuracy"] or [None] * len(section["letter_share"])
+        shares = (
+            f"{letter} {100 * share:.0f} %"
+            + ("" if is_right is None else f" ({100 * is_right:.0f})")
+            for letter, share, is_right in zip(
+                LETTERS, section["letter_share"], right, strict=False
+            )
+        )
+        lines.append(("letters given (letters right)", "  ".join(shares)))
+    calibration = metrics.get("calibration") or {}
+    if calibration.get("n"):
+        lines.append(
+            (
+                f"temperature {calibration['temperature']:.2f}, fitted on val",
+                f"ECE {100 * calibration['ece_before']:.1f} -> "
+                f"{100 * calibration['ece_after']:.1f} %, loss {calibration['nll_before']:.3f} -> "
+                f"{calibration['nll_after']:.3f} nats, n={calibration['n']}",
+            )
+        )
+    if orders := metrics.get("permutations"):
+        lines.append(
+            (
+                f"{orders['num_orders']} orders of the options",
+                f"same option in all of them: {100 * orders['consistency']:.1f} % of "
+                f"{orders['num_questions']}",
+            )
+        )
+        if orders["mean_accuracy"] is not None:
+            mean = {**baseline, **orders, "accuracy": orders["mean_accuracy"]}
+            mean["n"] = orders["num_labelled"]
+            lines.append(("averaged over the orders", accuracy_text(mean)))
+            lines.append(("debiased", accuracy_text({**baseline, **orders["debiased"]})))
+    if contextual := metrics.get("contextual_calibration"):
+        lines.append(("contextual calibration", accuracy_text({**baseline, **contextual})))
+    for name, replies in (metrics.get("generation") or {}).items():
+        if isinstance(replies, Mapping):
+            unread = f"unparsed {100 * replies['unparsed_fraction']:.1f} %"
+            lines.append(
+                (f"generated, {name}", f"{accuracy_text({**baseline, **replies})}  {unread}")
+            )
+    if not lines:
+        return None
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in lines:
+        table.add_row(name, text)
+    return table
 
 
 @command("evaluate")
 def main(cfg: DictConfig, run_dir: Path) -> None:
     """Score, keep a run folder, print the result."""
     task = HydraConfig.get().overrides.task
-    cfg = with_run(cfg, {item.lstrip("+~").split("=")[0].split(".")[0] for item in task})
+    cfg = with_run(cfg, {item.lstrip("+").split("=")[0] for item in task if item[0] != "~"})
     evaluate(cfg, run_dir)
-    run = read_run(run_dir)
-    key = "train_split" if cfg.split == "train" else cfg.split
-    section = run.metrics[key]
-    console = Console()
-    title = f"{run.metrics['data']['name']}, {cfg.split} split"
-    console.print(result_table([result_row(run, key, name=describe(run.config))], title=title))
-    if section["n"]:
-        console.print(breakdown_table(section, "subject_name"))
-    console.print(f"run folder: {run_dir}", soft_wrap=True, highlight=False)
+    print_result(run_dir, cfg.split, base=base_of(cfg))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-import httpx
+from huggingface_hub import constants, get_session
 from huggingface_hub import errors as hub
 
 from medqlora import config
@@ -73,17 +74,52 @@ def hub_error(
     unreachable = (
         hub.LocalEntryNotFoundError,
         hub.OfflineModeIsEnabled,
-        httpx.TransportError,
         ConnectionError,
         TimeoutError,
     )
-    if any(isinstance(link, unreachable) for link in chain) or any(s >= 500 for s in statuses):
+    # The HTTP client is httpx or its successor, depending on the version of huggingface_hub.
+    if any(s >= 500 for s in statuses) or any(
+        isinstance(link, unreachable)
+        or any(base.__name__ == "TransportError" for base in type(link).__mro__)
+        for link in chain
+    ):
         return kind(
             f"{what} is not on this machine and the hub cannot be reached: check the network and "
             f"HF_ENDPOINT, unset HF_HUB_OFFLINE, give the path of a local copy, {offline}."
         )
     reason = " ".join(str(exception).split())[:300] or type(exception).__name__
     return kind(f"{what} could not be loaded ({reason}): check the name, {offline}.")
+
+
+def hub_is_reachable() -> bool:
+    """Whether the hub answers at all, at the first try.
+
+    Asked before a download, because the hub's client retries for half a minute and prints each try;
+    without a hub only what is on this machine already can be loaded.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:
+        return False
+    return True
+
+
+@contextmanager
+def offline_unless_reachable() -> Iterator[bool]:
+    """Let the hub's libraries use their caches alone while the hub does not answer.
+
+    Yields:
+        Whether the hub answers.
+    """
+    reachable = hub_is_reachable()
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not reachable
+    try:
+        yield reachable
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _causes(exception: BaseException) -> Iterator[BaseException]:

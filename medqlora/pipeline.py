@@ -21,17 +21,23 @@ from hydra.errors import InstantiationException
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
+from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import GemmaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from medqlora.acceleration import (
-    compile_backbone,
-    compile_mode,
+    accelerate,
     prepare_for_training,
     use_packed_attention,
 )
 from medqlora.data import MedMCQADataModule, PromptTemplate, load_tokenizer
-from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError
+from medqlora.data.tokenization import TextEncoder
+from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError, ModelError
 from medqlora.evaluation import (
     PredictionCollector,
     check_letter_rows,
@@ -39,6 +45,7 @@ from medqlora.evaluation import (
     summarise,
     to_predictions,
 )
+from medqlora.evaluation.generation import Generator, unpack
 from medqlora.finetuning import (
     AtomicCheckpointIO,
     MCQAModule,
@@ -47,6 +54,7 @@ from medqlora.finetuning import (
     load_adapter,
 )
 from medqlora.finetuning.callbacks import peak_memory_gb
+from medqlora.hub import hub_error, resolve_path
 from medqlora.quantization import QuantConfig, footprint, letter_rows, load_base
 from medqlora.schema import Prediction, Question
 
@@ -62,10 +70,26 @@ ALLOWED_TARGETS = (
 )
 """Where a `_target_` may point: a config that came with somebody's run folder is data, not code."""
 
+_OWN_TARGETS = tuple(
+    f"medqlora.{part}."
+    for part in ("data", "quantization", "acceleration", "evaluation", "finetuning", "tracking")
+)
+_LIBRARY_TARGETS = (
+    PeftConfig,
+    Trainer,
+    Callback,
+    Logger,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
+
 ADAPTER_DIR = "adapter"
 
 BASELINES = ("base_16bit", "base_quantized")
 """What `baselines` of train can name."""
+
+BACKENDS = ("auto", "packed", "stock")
+"""What `evaluate.backend` can be."""
 
 Config = DictConfig | Mapping[str, Any]
 
@@ -88,11 +112,8 @@ def make(node: Any, **runtime: Any) -> Any:
         return None
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     for target in _targets(plain):
-        if not target.startswith(ALLOWED_TARGETS):
-            raise ConfigError(
-                f"_target_={target} is not run: a config may only name parts of "
-                f"{', '.join(name.rstrip('.') for name in ALLOWED_TARGETS)}. Correct the config."
-            )
+        _check_target(target)
+    _refuse_interpolations(plain)
     try:
         if not runtime:
             return hydra.utils.instantiate(plain)
@@ -146,7 +167,7 @@ def check(cfg: Config) -> None:
         )
     make(cfg["quant"])
     peft_config = make(cfg.get("peft"))
-    compile_mode(cfg["acceleration"]["compile"], device, 0)
+    make(cfg["acceleration"]).check_device(device)
     if "optimizer" not in cfg:
         return
     if peft_config is None:
@@ -220,8 +241,129 @@ def build_scoring_module(
     """
     rows = _letter_rows(base, datamodule)
     model = base if adapter is None else load_adapter(base, adapter)
-    _accelerate(cfg, model, datamodule.eval_token_budget)
+    accelerate_for(cfg, model, datamodule.eval_token_budget)
     return MCQAModule(model, letter_ids=datamodule.letter_ids, letter_rows=rows).eval()
+
+
+def scoring_backend(cfg: Config) -> str:
+    """How a config scores: "packed", or "stock" for what `load_base` does not know.
+
+    Raises:
+        ConfigError: If `evaluate.backend` is unknown or does not fit the model or its storage.
+    """
+    backend = (cfg.get("evaluate") or {}).get("backend", "auto")
+    if backend not in BACKENDS:
+        raise ConfigError(f"evaluate.backend={backend} is unknown. Choose {' or '.join(BACKENDS)}.")
+    kind = _model_type(cfg)
+    path = cfg["model"]["path"]
+    if backend == "packed" and kind not in (None, "gemma"):
+        raise ConfigError(
+            f"evaluate.backend=packed knows Gemma of the first generation, and model.path={path} "
+            f"has model_type={kind}. Choose evaluate.backend=stock quant=none."
+        )
+    if backend == "packed" or (backend == "auto" and kind in (None, "gemma")):
+        return "packed"
+    if make(cfg["quant"]).changes_weights:
+        raise ConfigError(
+            f"quant has no effect on model.path={path} (model_type={kind}), which stock "
+            "transformers runs as it is stored. Add quant=none"
+            + (", or choose evaluate.backend=packed." if kind == "gemma" else ".")
+        )
+    return "stock"
+
+
+def _model_type(cfg: Config) -> str | None:
+    """The architecture a model names in its config.json; None where it cannot be read."""
+    model = cfg["model"]
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(
+            resolve_path(model["path"]), revision=model.get("revision")
+        )
+    except Exception:  # who loads the model says what is wrong with it
+        return None
+    return raw.get("model_type")
+
+
+def build_generator(
+    cfg: Config, datamodule: MedMCQADataModule, adapter: str | Path | None = None
+) -> Generator:
+    """A model with ordinary attention that writes answers, through stock `generate`.
+
+    Args:
+        cfg: A composed config.
+        datamodule: Set up, so that its letters are known.
+        adapter: A PEFT folder; a bare base if None.
+
+    Raises:
+        ModelError: If the model cannot be had.
+    """
+    if scoring_backend(cfg) == "stock":
+        base = _load_stock(cfg)
+    else:
+        model = cfg["model"]
+        base = load_base(
+            model["path"],
+            make(cfg["quant"]),
+            revision=model.get("revision"),
+            device=device_of(cfg),
+            cache_dir=_cache_dir() if model.get("cache_quantized") else None,
+        )
+    tokenizer = datamodule.tokenizer
+    encoder = TextEncoder(tokenizer)
+    turn = tokenizer.get_vocab().get("<end_of_turn>", encoder.eos_id)
+    pad = tokenizer.pad_token_id
+    return Generator(
+        base if adapter is None else load_adapter(base, adapter),  # pyright: ignore[reportArgumentType]
+        letter_ids=datamodule.letter_ids,
+        tokenizer=tokenizer,
+        stop_ids=sorted({encoder.eos_id, turn}),
+        pad_id=pad if isinstance(pad, int) else encoder.eos_id,
+    )
+
+
+def _load_stock(cfg: Config) -> PreTrainedModel:
+    """Any causal language model as transformers loads it: safetensors only, none of its code."""
+    path, revision = cfg["model"]["path"], cfg["model"].get("revision")
+    name = resolve_path(path)
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"there is no folder {path}: check model.path.")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
+            revision=revision,
+            dtype=make(cfg["quant"]).torch_dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        raise hub_error(error, f"model {path}") from error
+    return model.to(device_of(cfg)).eval().requires_grad_(False)
+
+
+def score_questions(
+    scorer: MCQAModule | Generator, datamodule: MedMCQADataModule, questions: Sequence[Question]
+) -> Tensor:
+    """Letter scores of questions that need not belong to a split, such as reordered ones.
+
+    Args:
+        scorer: What answers.
+        datamodule: Set up, with as many options as the questions have.
+        questions: Any; which are asked together makes no difference.
+
+    Returns:
+        Log-probabilities in nats, [question, letter], float32 on the CPU.
+    """
+    scores = torch.zeros(len(questions), datamodule.num_options)
+    with torch.inference_mode():
+        for batch in datamodule.pack(questions):
+            if isinstance(scorer, Generator):
+                rows, prompts = zip(*unpack(batch), strict=True)
+                scores[list(rows)] = scorer.letters(prompts)[1]
+            else:
+                row = scorer(batch.to(scorer.letter_rows.device)).float().cpu()
+                there = batch.index >= 0
+                scores[batch.index[there]] = row[there]
+    return scores
 
 
 def build_training_module(
@@ -239,7 +381,7 @@ def build_training_module(
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     model = attach_adapter(base, make(cfg["peft"]), num_training_steps=num_training_steps)
     prepare_for_training(model, cfg["acceleration"]["gradient_checkpointing"])
-    _accelerate(cfg, model, datamodule.token_budget)
+    accelerate_for(cfg, model, datamodule.token_budget)
     return MCQAModule(
         model,
         letter_ids=datamodule.letter_ids,
@@ -265,6 +407,8 @@ def build_callbacks(
     made = {name: make(node) for name, node in cfg["callbacks"].items() if node}
     if "checkpoints" in made:
         made["checkpoints"] = made["checkpoints"](run_dir / "checkpoints", identity=identity)
+    if "report" in made:
+        made["report"] = made["report"](datamodule.questions.get("val", ()), figures=_split_figures)
     if "nan_guard" in made:
         ids = [question.id for question in datamodule.questions["train"]]
         made["nan_guard"] = made["nan_guard"](ids)
@@ -297,7 +441,8 @@ def num_updates(cfg: Config, datamodule: MedMCQADataModule) -> int:
         return min(steps, an_epoch * epochs) if epochs and epochs > 0 else steps
     if not epochs or epochs < 0:
         raise ConfigError(
-            f"trainer.max_epochs={epochs} and trainer.max_steps={steps} set no end. Give one of them."
+            f"trainer.max_epochs={epochs} and trainer.max_steps={steps} set no end. Give one of "
+            "them."
         )
     return an_epoch * epochs
 
@@ -341,7 +486,7 @@ def score(cfg: Config, module: MCQAModule, datamodule: MedMCQADataModule, split:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    trainer.test(module, dataloaders=datamodule._loader(split), verbose=False)
+    trainer.test(module, dataloaders=datamodule.loader(split), verbose=False)
     seconds = time.perf_counter() - started
     questions = datamodule.questions[split]
     collector = module.predictions["test"]
@@ -359,6 +504,7 @@ def data_section(datamodule: MedMCQADataModule) -> dict[str, Any]:
         **counts,
         "num_dropped": datamodule.num_dropped,
         "num_truncated": datamodule.num_truncated,
+        "num_options": datamodule.num_options,
     }
 
 
@@ -386,8 +532,7 @@ class LoadedRun:
         config: Its config, as plain containers.
         metrics: Its metrics.json.
         module: Base and adapter.
-        encoder: Question texts -> tokens.
-        prompt: Question -> text, with the solved examples of the run.
+        datamodule: Question -> text -> tokens -> rows, as in the run.
     """
 
     run_dir: Path
@@ -397,7 +542,7 @@ class LoadedRun:
     datamodule: MedMCQADataModule
 
     def predict(self, questions: Sequence[Question]) -> list[Prediction]:
-        """Answer questions, packed into rows; the result does not depend on which are asked together.
+        """Answer questions, packed into rows; which are asked together makes no difference.
 
         Args:
             questions: With as many options as the run was trained on.
@@ -408,13 +553,7 @@ class LoadedRun:
         Raises:
             ConfigError: If a question does not fit into a row.
         """
-        device = self.module.letter_rows.device
-        scores = torch.zeros(len(questions), self.module.letter_rows.shape[0])
-        with torch.inference_mode():
-            for batch in self.datamodule.pack(questions):
-                row = self.module(batch.to(device)).float().cpu()
-                there = batch.index >= 0
-                scores[batch.index[there]] = row[there]
+        scores = score_questions(self.module, self.datamodule, questions)
         return to_predictions(questions, "predict", torch.arange(len(questions)), scores)
 
 
@@ -450,15 +589,16 @@ def load_run(run_dir: str | Path, *, device: str = "auto") -> LoadedRun:
         raise ConfigError(f"device={device} is unknown. Choose auto, cpu or cuda.")
     gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     config["trainer"] = {**config["trainer"], "accelerator": "gpu" if gpu else "cpu"}
+    metrics = read_run(run_dir).metrics
     adapter = adapter_of(run_dir, config)
     datamodule = build_datamodule(config)
     if config["prompt"].get("num_shots"):
         datamodule.setup()
     else:
-        datamodule.prepare_letters()
+        datamodule.prepare_letters(metrics["data"].get("num_options") or 4)
     base = build_base(config)
     module = build_scoring_module(config, base, datamodule, adapter)
-    return LoadedRun(run_dir, config, read_run(run_dir).metrics, module, datamodule)
+    return LoadedRun(run_dir, config, metrics, module, datamodule)
 
 
 def adapter_of(run_dir: Path, config: Mapping[str, Any]) -> Path | None:
@@ -470,6 +610,8 @@ def adapter_of(run_dir: Path, config: Mapping[str, Any]) -> Path | None:
     folder = run_dir / ADAPTER_DIR
     if folder.is_dir():
         return folder
+    if config.get("adapter"):  # the folder of an evaluation names the adapter it scored
+        return Path(config["adapter"])
     if make(config.get("peft")) is None:
         return None
     raise CheckpointError(
@@ -478,20 +620,72 @@ def adapter_of(run_dir: Path, config: Mapping[str, Any]) -> Path | None:
     )
 
 
+def _split_figures(section: Mapping[str, Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
+    from medqlora.evaluation.figures import split_figures  # a second to import, seldom needed
+
+    return split_figures(section, predictions)
+
+
 def _letter_rows(base: GemmaForCausalLM, datamodule: MedMCQADataModule) -> Tensor:
     rows = letter_rows(base, datamodule.letter_ids)
     check_letter_rows(rows)
     return rows
 
 
-def _accelerate(cfg: Config, model: nn.Module, token_budget: int) -> None:
-    compile_backbone(
-        model, cfg["acceleration"]["compile"], device=device_of(cfg), token_budget=token_budget
-    )
+def accelerate_for(cfg: Config, model: nn.Module, token_budget: int) -> None:
+    """Choose how the model runs rows of a length; see `acceleration.accelerate`."""
+    how = accelerate(model, make(cfg["acceleration"]), device_of(cfg), token_budget)
+    log.debug("rows of %d tokens: %s", token_budget, how)
 
 
 def _cache_dir() -> Path:
     return Path(os.environ.get("MEDQLORA_CACHE", "~/.cache/medqlora")).expanduser() / "quantized"
+
+
+def _check_target(target: str) -> None:
+    """Refuse a target that is no part a config may name.
+
+    The prefix alone does not do: `medqlora.pipeline.os.system` begins as it should, and
+    `from_pretrained` of a library runs the code of a model.
+
+    Raises:
+        ConfigError: If it is not allowed.
+    """
+    allowed = target.startswith(ALLOWED_TARGETS)
+    if allowed:
+        try:
+            found = hydra.utils.get_object(target)
+        except Exception:
+            return  # instantiating it says what is wrong with it
+        own = f"{getattr(found, '__module__', '')}."
+        if target.startswith("medqlora."):
+            allowed = own.startswith(_OWN_TARGETS) and (
+                inspect.isclass(found) or inspect.isfunction(found)
+            )
+        else:
+            allowed = inspect.isclass(found) and issubclass(found, _LIBRARY_TARGETS)
+    if not allowed:
+        raise ConfigError(
+            f"_target_={target} is not run: a config may only name parts of "
+            f"{', '.join(name.rstrip('.') for name in ALLOWED_TARGETS)}, and of libraries only "
+            "adapter configs, optimisers, schedulers, callbacks, loggers and the Trainer. Correct "
+            "the config."
+        )
+
+
+def _refuse_interpolations(node: Any) -> None:
+    """Hydra would resolve what is left of them, and they can make up a new `_target_`."""
+    if isinstance(node, Mapping):
+        for value in node.values():
+            _refuse_interpolations(value)
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for value in node:
+            _refuse_interpolations(value)
+    elif isinstance(node, str) and "${" in node:
+        raise ConfigError(
+            f"the config holds {node[:60]!r}, which would be computed, and a config.yaml holds "
+            "values only. Write the value."
+        )
 
 
 def _targets(node: Any) -> Iterator[str]:

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
+import json
 import logging
+import os
 import shlex
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from medqlora import pipeline
 from medqlora.data import MedMCQADataModule
-from medqlora.entry import one_line
-from medqlora.errors import ConfigError, MedQLoRAError
+from medqlora.entry import choices, command_line, one_line
+from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError, TrainingError
 from medqlora.evaluation import (
     config_hash,
     empty_metrics,
     hardware,
+    read_predictions,
     read_run,
     versions,
     write_metrics,
     write_predictions,
 )
+from medqlora.evaluation.metrics import summarise
+from medqlora.evaluation.results import FILE_KEYS, FOLDER_KEYS, METRICS_FILE
+from medqlora.evaluation.sections import (
+    base_nll_groups,
+    calibration_section,
+    fit_on,
+    paired_section,
+)
+from medqlora.finetuning import MCQAModule, find_resumable
+from medqlora.schema import Question
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +101,7 @@ def describe(config: Mapping[str, Any] | None) -> str:
 
 def score_into(
     record: RunRecord, cfg: DictConfig, datamodule: MedMCQADataModule, splits: Sequence[str]
-) -> None:
+) -> MCQAModule:
     """Load the model of a config, score splits and fill the record and the run folder.
 
     Args:
@@ -94,22 +109,98 @@ def score_into(
         cfg: A config with `peft` empty, or with `adapter` naming a PEFT folder.
         datamodule: Set up.
         splits: Splits to score.
+
+    Returns:
+        What scored.
     """
     base = pipeline.build_base(cfg)
     module = pipeline.build_scoring_module(cfg, base, datamodule, cfg.get("adapter"))
     record.metrics["data"] = pipeline.data_section(datamodule)
     record.metrics["model"] = pipeline.model_section(cfg, module.model)
-    record.metrics["scoring"] = {}
     for split in splits:
-        scored = pipeline.score(cfg, module, datamodule, split)
-        # "train" holds what training did.
-        record.metrics["train_split" if split == "train" else split] = scored.section
-        record.metrics["scoring"][split] = {
-            "seconds": scored.seconds,
-            "questions_per_second": len(scored.predictions) / scored.seconds,
-            "peak_memory_gb": scored.peak_memory_gb,
-        }
-        write_predictions(record.run_dir, scored.predictions)
+        record_score(record, split, pipeline.score(cfg, module, datamodule, split))
+    record_calibration(record, splits)
+    return module
+
+
+def record_score(record: RunRecord, split: str, scored: pipeline.Scored) -> None:
+    """Put a scored split into the record and the run folder."""
+    record.metrics[section_key(split)] = scored.section
+    record.metrics.setdefault("scoring", {})[split] = {
+        "seconds": scored.seconds,
+        "questions_per_second": len(scored.predictions) / scored.seconds,
+        "peak_memory_gb": scored.peak_memory_gb,
+    }
+    write_predictions(record.run_dir, scored.predictions)
+
+
+def section_key(split: str) -> str:
+    """Key of a split in metrics.json, where "train" holds what training did."""
+    return "train_split" if split == "train" else split
+
+
+def record_calibration(record: RunRecord, splits: Sequence[str]) -> None:
+    """Fit a temperature on val and measure what it does to test, from the predictions on disk.
+
+    Args:
+        record: Its run folder holds the predictions; `calibration` is filled in.
+        splits: What was scored; without val nothing is fitted, without test nothing measured.
+    """
+    if "val" not in splits:
+        return
+    fitted = fit_on(read_predictions(record.run_dir, "val"))
+    if fitted is None:
+        return
+    measured = read_predictions(record.run_dir, "test") if "test" in splits else []
+    record.metrics["calibration"] = calibration_section(fitted[0], measured, num_fitted=fitted[1])
+
+
+def record_base(
+    record: RunRecord, base: Path, split: str, questions: Sequence[Question], name: str
+) -> None:
+    """Compare a split with a bare base question by question, and group it by the base's loss.
+
+    Args:
+        record: Its run folder holds the predictions; the breakdown `difficulty_base_nll` and
+            `paired` are filled in.
+        base: Run folder of the base.
+        split: The split.
+        questions: Its questions.
+        name: What was scored, for tables.
+
+    Raises:
+        CheckpointError: If the folder is no run or has no predictions.
+        ConfigError: If it scored other questions, or is no bare base.
+    """
+    run = read_run(base)
+    key = section_key(split)
+    config = run.config or {}
+    if config.get("adapter") or (base / pipeline.ADAPTER_DIR).is_dir():
+        raise ConfigError(
+            f"{base} scored an adapter, not a bare base. Evaluate one with peft=none and give its "
+            "folder, or leave evaluate.base out."
+        )
+    section, base_section = record.metrics[key], run.metrics.get(key) or {}
+    if base_section.get("sha256") != section["sha256"]:
+        raise ConfigError(
+            f"{base} scored other questions than this {split} split (sha256 "
+            f"{str(base_section.get('sha256'))[:12]} and {str(section['sha256'])[:12]}), so they "
+            f"cannot be compared pairwise. Evaluate the base with the same data and split={split}."
+        )
+    predictions = read_predictions(record.run_dir, split)
+    base_predictions = read_predictions(base, split)
+    groups = base_nll_groups(predictions, base_predictions)
+    record.metrics[key] = summarise(predictions, questions, groups=groups)
+    paired = paired_section(
+        predictions,
+        base_predictions,
+        name=name,
+        base_name=describe(run.config),
+        sha256=section["sha256"],
+        base_sha256=base_section["sha256"],
+    )
+    if paired is not None:
+        record.metrics.setdefault("paired", {})[split] = paired
 
 
 def free_memory() -> None:
@@ -141,14 +232,9 @@ def write_config(run_dir: Path, cfg: DictConfig, verb: str) -> None:
     (run_dir / "config.yaml").write_text(head + OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
-def command_line(verb: str) -> str:
-    """The command that was typed, as a shell would read it again."""
-    return f"python -m medqlora.{verb} " + shlex.join(sys.argv[1:])
-
-
 @contextlib.contextmanager
 def recorded(
-    cfg: DictConfig, run_dir: Path, verb: str, *, keep_refused: bool
+    cfg: DictConfig, run_dir: Path, verb: str, *, keep_refused: bool, go_on: bool = False
 ) -> Iterator[RunRecord]:
     """Keep the run folder's `config.yaml` and `metrics.json` true on every ending.
 
@@ -157,11 +243,11 @@ def recorded(
 
     Args:
         cfg: The composed config.
-        run_dir: The run folder, made by Hydra.
+        run_dir: The run folder; made if missing.
         verb: The entry point, such as "train".
         keep_refused: Keep the folder of a bad request, with its reason, as the row of a sweep.
-            Without
-            it a request that is refused before anything was computed leaves no folder behind.
+            Without it a request that is refused leaves nothing behind.
+        go_on: Go on with an unfinished run of this config in the folder, as `resume=auto` does.
 
     Yields:
         The record to fill in.
@@ -177,16 +263,20 @@ def recorded(
         config_hash=config_hash(values),
         seed=values.get("seed"),
         started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-        command=command_line(verb),
+        command=_command(verb, run_dir),
+        choices=choices(verb),
         versions=versions(),
         hardware=hardware(),
     )
     record = RunRecord(run_dir, metrics)
-    _refuse_foreign_folder(run_dir, metrics["config_hash"], values.get("resume", "never"))
+    _refuse_foreign_folder(run_dir, metrics["config_hash"], go_on or values.get("resume") == "auto")
     earlier = _earlier_seconds(run_dir)
+    there = _names(run_dir)
     clock = time.monotonic()
+    run_dir.mkdir(parents=True, exist_ok=True)
     write_config(run_dir, cfg, verb)
     record.write()
+    removed = False
     try:
         yield record
         metrics["status"] = "completed"
@@ -196,14 +286,40 @@ def recorded(
         metrics["error"] = one_line(error)
         refused = isinstance(error, MedQLoRAError) and error.exit_code == 2
         if refused and not keep_refused and not (run_dir / "checkpoints").exists():
-            shutil.rmtree(run_dir, ignore_errors=True)
+            removed = True
+            _remove_all_but(run_dir, there)
             raise
         log.debug("the run ended early", exc_info=error)
         raise
     finally:
-        if run_dir.exists():
+        if not removed:
             metrics["wall_seconds"] = round(earlier + time.monotonic() - clock, 3)
             record.write()
+
+
+def _command(verb: str, run_dir: Path) -> str:
+    """The command that does this again."""
+    if HydraConfig.initialized() and HydraConfig.get().job.name != verb:
+        # A baseline of `train` was never typed; its config says all.
+        folder = shlex.quote(str(run_dir))
+        return f"python -m medqlora.{verb} --config-path {folder} --config-name config"
+    return command_line(verb)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _remove_all_but(folder: Path, names: set[str]) -> None:
+    """Remove what a refused run wrote; `hydra.run.dir` may be a folder that holds other things."""
+    for name in _names(folder) - names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def find_unfinished(root: Path, hash_: str) -> Path | None:
@@ -216,14 +332,191 @@ def find_unfinished(root: Path, hash_: str) -> Path | None:
     Returns:
         The folder, or None.
     """
-    found = []
-    for path in root.glob("**/metrics.json"):
-        with contextlib.suppress(MedQLoRAError):
-            metrics = read_run(path.parent).metrics
-            unfinished = metrics.get("status") != "completed"
-            if unfinished and metrics.get("config_hash") == hash_ and has_checkpoint(path.parent):
-                found.append(path.parent)
-    return max(found, key=lambda d: (d / "metrics.json").stat().st_mtime, default=None)
+    return _newest(
+        folder
+        for folder, metrics in _runs_with_hash(root, hash_)
+        if metrics.get("status") != "completed" and has_checkpoint(folder)
+    )
+
+
+def find_completed(root: Path, config: Mapping[str, Any]) -> Path | None:
+    """The newest completed run below `root` that a run of this config would repeat.
+
+    `config_hash` leaves the paths and the content of data files and model folders out, so those are
+    compared here: the same paths, none of them changed after the run began.
+
+    Args:
+        root: The folder that holds run folders, at any depth.
+        config: The resolved config of the run that is wanted.
+
+    Returns:
+        The folder, or None.
+    """
+    return _newest(
+        folder
+        for folder, metrics in _runs_with_hash(root, config_hash(config))
+        if metrics.get("status") == "completed" and _read_the_same(folder, metrics, config)
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job of a sweep goes.
+
+    Attributes:
+        run_dir: Its folder.
+        done: Whether an earlier run there answers it already.
+        go_on: Whether an unfinished run there has a checkpoint to go on from.
+    """
+
+    run_dir: Path
+    done: bool = False
+    go_on: bool = False
+
+
+def sweep_root(sweep_dir: Path) -> Path:
+    """The folder of all sweeps: the one named "sweeps" above a sweep, else the sweep itself."""
+    for folder in (sweep_dir, *sweep_dir.parents):
+        if folder.name == "sweeps":
+            return folder
+    return sweep_dir
+
+
+@contextlib.contextmanager
+def job_place(
+    cfg: DictConfig, run_dir: Path, move: Callable[[Path, Path], None]
+) -> Iterator[Place]:
+    """Find the folder of one job of a sweep, and hold it while the job runs.
+
+    What has been completed anywhere below the folder of all sweeps is not run again, an unfinished
+    run with a checkpoint is gone on with, and one without is run again in its folder.
+
+    Args:
+        cfg: The composed config of the job.
+        run_dir: The folder Hydra made for it.
+        move: `move(old, new)` is called where the job goes to another folder than Hydra made.
+
+    Yields:
+        The place.
+
+    Raises:
+        TrainingError: If another process is at work in that folder.
+    """
+    values = resolved(cfg)
+    place = _find_place(values, run_dir)
+    if place.run_dir != run_dir:
+        place.run_dir.mkdir(parents=True, exist_ok=True)
+        move(run_dir, place.run_dir)
+        if place.run_dir.parent != run_dir.parent and not run_dir.exists():
+            # The report of this sweep follows it.
+            with contextlib.suppress(OSError):
+                run_dir.symlink_to(os.path.relpath(place.run_dir, run_dir.parent))
+    if place.done:
+        yield place
+        return
+    with _held(place.run_dir):
+        if not place.go_on:
+            _clear(place.run_dir)
+        yield place
+
+
+def _find_place(values: dict[str, Any], run_dir: Path) -> Place:
+    root = sweep_root(run_dir.parent)
+    done = find_completed(root, values)
+    if done is not None:
+        return Place(done, done=True)
+    hash_ = config_hash(values)
+    unfinished = find_unfinished(root, hash_)
+    if unfinished is not None and _can_resume(unfinished):
+        return Place(unfinished, go_on=True)
+    number = 1
+    place = run_dir
+    while _holds_other_run(place, hash_):
+        number += 1
+        place = run_dir.with_name(f"{run_dir.name}-{number}")
+    return Place(place)
+
+
+def _holds_other_run(folder: Path, hash_: str) -> bool:
+    """Whether a folder is taken: by another config, or by a completed run of other data."""
+    if folder.is_symlink():
+        return True
+    if not (folder / METRICS_FILE).exists():
+        return False
+    with contextlib.suppress(MedQLoRAError):
+        metrics = read_run(folder).metrics
+        return metrics.get("config_hash") != hash_ or metrics.get("status") == "completed"
+    return False
+
+
+def _can_resume(folder: Path) -> bool:
+    try:
+        return find_resumable(folder / "checkpoints") is not None
+    except CheckpointError:
+        return False
+
+
+@contextlib.contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, such as the same sweep typed in two terminals."""
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainingError(
+                f"{run_dir} is under way in another process: this one leaves it alone. Type the "
+                "same line again when that one has ended."
+            ) from None
+        yield
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what a run left that ended without a checkpoint; its log and baselines stay."""
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    files = ("metrics.json", "metrics.csv", "predictions.parquet", "config.yaml")
+    for path in (*(run_dir / name for name in files), run_dir / "wandb" / "run_id.txt"):
+        path.unlink(missing_ok=True)
+
+
+def _runs_with_hash(root: Path, hash_: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Run folders below `root` with this config hash; damaged ones are passed over."""
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in ("wandb", "checkpoints", "adapter")]
+        if METRICS_FILE not in files:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            text = (Path(folder) / METRICS_FILE).read_text(encoding="utf-8")
+            # A sweep asks this of every folder for every job, so only what matches is parsed.
+            if hash_ in text and (metrics := json.loads(text)).get("config_hash") == hash_:
+                yield Path(folder), metrics
+
+
+def _read_the_same(folder: Path, metrics: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a run read the data files and the model folder that a config names, unchanged."""
+    try:
+        before = read_run(folder).config
+        started = datetime.fromisoformat(metrics["started"]).timestamp()
+    except (MedQLoRAError, KeyError, TypeError, ValueError):
+        return False
+    if before is None:
+        return False
+    for key in (*FILE_KEYS, *FOLDER_KEYS):
+        section, name = key.split(".")
+        old, new = (str(c.get(section, {}).get(name)) for c in (before, config))
+        path = Path(new).expanduser()
+        if Path(old).expanduser().resolve() != path.resolve():
+            return False
+        if path.exists():
+            files = [path, *path.glob("*.*")] if path.is_dir() else [path]
+            # `started` is in whole seconds.
+            if max(int(file.stat().st_mtime) for file in files) > started:
+                return False
+    return True
+
+
+def _newest(folders: Iterator[Path]) -> Path | None:
+    return max(folders, key=lambda d: (d / METRICS_FILE).stat().st_mtime, default=None)
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -238,11 +531,11 @@ def _earlier_seconds(run_dir: Path) -> float:
     return 0.0
 
 
-def _refuse_foreign_folder(run_dir: Path, hash_: str, resume: str) -> None:
+def _refuse_foreign_folder(run_dir: Path, hash_: str, go_on: bool) -> None:
     if not (run_dir / "metrics.json").exists():
         return
     metrics = read_run(run_dir).metrics
-    if resume != "auto":
+    if not go_on:
         raise ConfigError(
             f"{run_dir} already holds a run ({metrics.get('status')}): nothing is overwritten. "
             f"Choose "

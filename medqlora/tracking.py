@@ -1,11 +1,17 @@
-"""Where the numbers of a run go while it runs: metrics.csv always, Weights & Biases on request."""
+"""Where the numbers of a run go while it runs: metrics.csv always, other services on request.
+
+None of those services can stop a run: whatever goes wrong there is one warning.
+"""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import logging
 import os
 import secrets
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,89 +58,276 @@ class RunCSVLogger(CSVLogger):
         """Nothing: the run folder holds the whole config already."""
 
 
-def build_loggers(
-    wandb: dict[str, Any] | None,
-    *,
-    run_dir: Path,
-    run_config: dict[str, Any],
-    group: str | None = None,
-) -> list[Logger]:
-    """The loggers of one run.
+class GuardedLogger(Logger):
+    """Another logger, started at its first use; its failures are one warning and stop nothing.
 
     Args:
-        wandb: Keys of `conf/logger/wandb.yaml`; None for `metrics.csv` alone.
-        run_dir: The run folder.
-        run_config: The resolved config, stored with the W&B run.
-        group: Name that the jobs of one sweep share.
+        title: What to call it in a warning.
+        start: Makes the logger.
+        finish: Ends it, given an exit code.
+    """
 
-    Returns:
-        The CSV logger and, where asked for, the W&B logger.
+    def __init__(
+        self,
+        title: str,
+        start: Callable[[], Logger],
+        finish: Callable[[Any, int], object],
+    ) -> None:
+        super().__init__()
+        self.title = title
+        self.inner: Logger | None = None
+        self.failed = False
+        self._start = start
+        self._finish = finish
+
+    @property
+    def name(self) -> str:
+        """Its title."""
+        return self.title
+
+    @property
+    def version(self) -> None:
+        """None: the run folder is the version."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Pass metrics on."""
+        self._try(lambda inner: inner.log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Nothing: each logger is given the whole config when it starts."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Start, where it has not: Lightning calls this before the first step."""
+        self._try(lambda inner: inner.save())
+
+    @rank_zero_only
+    def finish(self, exit_code: int) -> None:
+        """End the run there, if it was started."""
+        if self.inner is not None:
+            self._try(lambda inner: self._finish(inner, exit_code))
+        self.inner, self.failed = None, True
+
+    def _try(self, act: Callable[[Logger], object]) -> None:
+        if self.failed:
+            return
+        try:
+            if self.inner is None:
+                self.inner = self._start()
+            act(self.inner)
+        except Exception as error:
+            self.failed = True
+            log.warning("%s failed and the run goes on without it: %s", self.title, _line(error))
+
+
+def check_loggers(options: Mapping[str, Any]) -> None:
+    """Refuse a logger that cannot work, before anything is loaded.
+
+    Args:
+        options: The config of the loggers.
 
     Raises:
-        ConfigError: If `wandb.mode` is unknown.
+        ConfigError: If `wandb.mode` is unknown, or the package of a logger is not installed.
     """
-    loggers: list[Logger] = [RunCSVLogger(run_dir)]
-    if wandb is None:
-        return loggers
-    mode = wandb.get("mode", "auto")
+    wandb = options.get("wandb")
+    mode = (wandb or {}).get("mode", "auto")
     if mode not in WANDB_MODES:
         raise ConfigError(
             f"logger.wandb.mode={mode} is unknown. Choose one of {', '.join(WANDB_MODES)}."
         )
-    if mode != "disabled":
-        logger = _wandb_logger(wandb, mode, run_dir, run_config, group)
-        if logger is not None:
-            loggers.append(logger)
+    for name, packages in _PACKAGES.items():
+        if options.get(name) and not any(importlib.util.find_spec(p) for p in packages):
+            raise ConfigError(
+                f"logger={name} needs the package {packages[0]}, which is not installed. Type `pip "
+                f"install {packages[0]}`, or choose logger=csv."
+            )
+
+
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
+
+
+def build_loggers(
+    wandb: dict[str, Any] | None = None,
+    tensorboard: dict[str, Any] | None = None,
+    mlflow: dict[str, Any] | None = None,
+    *,
+    run_dir: Path,
+    run_config: dict[str, Any],
+    group: str | None = None,
+    tags: Sequence[str] = (),
+) -> list[Logger]:
+    """The loggers of one run.
+
+    Args:
+        wandb: Keys of `conf/logger/wandb.yaml`; None for no W&B.
+        tensorboard: Keys of `conf/logger/tensorboard.yaml`; None for no TensorBoard.
+        mlflow: Keys of `conf/logger/mlflow.yaml`; None for no MLflow.
+        run_dir: The run folder.
+        run_config: The resolved config, stored with the run.
+        group: Name that the jobs of one sweep share.
+        tags: What the run is, such as "quant=nf4", where the config gives no tags.
+
+    Returns:
+        The CSV logger and those asked for.
+
+    Raises:
+        ConfigError: See `check_loggers`.
+    """
+    check_loggers({"wandb": wandb, "tensorboard": tensorboard, "mlflow": mlflow})
+    loggers: list[Logger] = [RunCSVLogger(run_dir)]
+    name = f"{group}-{run_dir.name}" if group else run_dir.name
+    if wandb is not None and wandb.get("mode", "auto") != "disabled":
+        if importlib.util.find_spec("wandb"):
+            start = partial(_start_wandb, wandb, run_dir, run_config, group, name, tags)
+            loggers.append(GuardedLogger("W&B", start, _finish_wandb))
+        else:
+            log.warning(
+                "wandb is not installed: the run is kept in metrics.csv only (pip install wandb)"
+            )
+    if tensorboard is not None:
+        start = partial(_start_tensorboard, tensorboard, run_dir, run_config)
+        loggers.append(GuardedLogger("TensorBoard", start, _finish_plain))
+    if mlflow is not None:
+        start = partial(_start_mlflow, mlflow, run_dir, run_config, group, name, tags)
+        loggers.append(GuardedLogger("MLflow", start, _finish_plain))
     return loggers
 
 
-def finish_wandb(loggers: list[Logger], exit_code: int) -> None:
-    """Close the W&B run of this job, so that the next job of a sweep starts its own."""
+def log_result(loggers: Sequence[Logger], split: str, section: Mapping[str, Any]) -> None:
+    """Send the final scores of a split to every service, as `final/<split>/accuracy` and so on.
+
+    Args:
+        loggers: What `build_loggers` returned.
+        split: "val" or "test".
+        section: Its section of metrics.json.
+    """
+    keys = ("n", "accuracy", "ci_low", "ci_high", "macro_accuracy", "majority_accuracy", "loss")
+    known = {f"final/{split}/{key}": section[key] for key in keys if section.get(key) is not None}
     for logger in loggers:
-        if type(logger).__name__ == "WandbLogger":
-            try:
-                logger.experiment.finish(exit_code=exit_code, quiet=True)  # type: ignore[attr-defined]
-            except Exception as error:  # a lost connection must not lose the run
-                log.warning("W&B could not be closed: %s", error)
+        if isinstance(logger, GuardedLogger) and known:
+            logger.log_metrics(known)
 
 
-def _wandb_logger(
-    options: dict[str, Any], mode: str, run_dir: Path, config: dict[str, Any], group: str | None
-) -> Logger | None:
-    """The W&B logger, or None with a warning where W&B does not start: training goes on."""
-    try:
-        import wandb
-        from lightning.pytorch.loggers import WandbLogger
-    except ImportError:
-        log.warning(
-            "wandb is not installed: the run is kept in metrics.csv only (pip install wandb)"
-        )
-        return None
+def finish_loggers(loggers: Sequence[Logger], exit_code: int) -> None:
+    """End the run in every service, so that the next job of a sweep starts its own.
+
+    Args:
+        loggers: What `build_loggers` returned.
+        exit_code: 0 for a completed run.
+    """
+    for logger in loggers:
+        if isinstance(logger, GuardedLogger):
+            logger.finish(exit_code)
+
+
+def _start_wandb(
+    options: dict[str, Any],
+    run_dir: Path,
+    config: dict[str, Any],
+    group: str | None,
+    name: str,
+    tags: Sequence[str],
+) -> Logger:
+    """The W&B logger; kept offline where there is no key or the server cannot be reached."""
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    mode = options.get("mode") or "auto"
     if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ""
+    if mode not in WANDB_MODES[1:]:
         mode = "online" if _wandb_key() else "offline"
     folder = run_dir / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     id_file = folder / "run_id.txt"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    try:
-        return WandbLogger(
+
+    def start(mode: str) -> Any:
+        return wandb.init(
             project=options.get("project") or "medqlora",
             entity=options.get("entity"),
             group=options.get("group") or group,
-            name=options.get("name") or run_dir.name,
-            tags=options.get("tags") or None,
+            name=options.get("name") or name,
+            # W&B refuses longer ones.
+            tags=[tag[:64] for tag in (options.get("tags") or tags)],
             id=id_file.read_text().strip(),
-            resume="allow",
-            save_dir=run_dir,
-            offline=mode == "offline",
+            # Offline there is no server to ask whether the run is known.
+            resume="allow" if mode == "online" else None,
+            dir=str(run_dir),
+            mode=mode,  # type: ignore[arg-type]
             config=config,
-            settings=wandb.Settings(silent=True, init_timeout=60, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=60,  # seconds
+                finish_timeout=300,  # what is not sent by then stays in the run folder
+            ),
             reinit="finish_previous",
         )
+
+    try:
+        run = start(mode)
     except Exception as error:
-        log.warning("W&B did not start and training goes on without it: %s", error)
-        return None
+        if mode != "online":
+            raise
+        log.warning(
+            "W&B cannot be reached, so the run is kept offline (`wandb sync %s` sends it later): "
+            "%s",
+            folder / "offline-run-*",
+            _line(error),
+        )
+        run = start("offline")
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return WandbLogger(experiment=run)
+
+
+def _finish_wandb(logger: Any, exit_code: int) -> None:
+    logger.experiment.finish(exit_code=exit_code, quiet=True)
+
+
+def _start_tensorboard(options: dict[str, Any], run_dir: Path, config: dict[str, Any]) -> Logger:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(run_dir, name="", version="tensorboard", **options)
+    logger.log_hyperparams(config)
+    return logger
+
+
+def _start_mlflow(
+    options: dict[str, Any],
+    run_dir: Path,
+    config: dict[str, Any],
+    group: str | None,
+    name: str,
+    tags: Sequence[str],
+) -> Logger:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    pairs = dict(tag.split("=", 1) for tag in tags if "=" in tag)
+    options = dict(options)
+    experiment = options.pop("experiment_name", None) or "medqlora"
+    logger = MLFlowLogger(
+        experiment_name=experiment,
+        run_name=name,
+        tracking_uri=options.pop("tracking_uri", None) or os.environ.get("MLFLOW_TRACKING_URI"),
+        save_dir=str(run_dir / "mlruns"),
+        tags=pairs | ({"sweep": group} if group else {}),
+        **options,
+    )
+    logger.log_hyperparams(config)
+    return logger
+
+
+def _finish_plain(logger: Any, exit_code: int) -> None:
+    logger.finalize("success" if exit_code == 0 else "failed")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _wandb_key() -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +18,13 @@ from peft import PeftModel
 from rich.console import Console
 
 from medqlora import pipeline
+from medqlora.budget import with_token_budget
 from medqlora.data import MedMCQADataModule
-from medqlora.entry import command, is_sweep, move_log
-from medqlora.errors import ConfigError
+from medqlora.entry import choices, command, is_sweep, move_log
+from medqlora.errors import ConfigError, MedQLoRAError
 from medqlora.evaluation import (
     config_hash,
     read_run,
-    write_predictions,
 )
 from medqlora.evaluation.tables import result_row, result_table
 from medqlora.finetuning import (
@@ -35,18 +37,25 @@ from medqlora.finetuning import (
 from medqlora.runs import (
     RunRecord,
     describe,
+    find_completed,
     find_unfinished,
     free_memory,
     has_checkpoint,
+    job_place,
+    record_base,
+    record_calibration,
+    record_score,
     recorded,
     resolved,
     score_into,
+    sweep_root,
 )
-from medqlora.tracking import finish_wandb
+from medqlora.tracking import check_loggers, finish_loggers, log_result
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("medqlora.train")  # under `python -m` the name would be __main__
 
 _SCORING_KEYS = ("data", "prompt", "model", "quant", "peft", "acceleration", "trainer", "seed")
+_TAGS = ("data", "model", "quant", "peft", "loss")
 
 
 def train(cfg: DictConfig, run_dir: Path) -> Path:
@@ -63,24 +72,44 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
         MedQLoRAError: If the request cannot work or the run failed.
         RunInterrupted: If it was asked to stop; its state is saved.
     """
-    pipeline.check(cfg)
+    cfg = with_token_budget(cfg)
+    if is_sweep():
+        with job_place(cfg, run_dir, move_log) as place:
+            if place.done:
+                log.info("done already: %s", place.run_dir)
+            else:
+                _train_in(cfg, place.run_dir, sweep=True, go_on=place.go_on)
+        return place.run_dir
+    _check(cfg)
     if cfg.resume == "auto" and not has_checkpoint(run_dir):
         root = Path(cfg.get("run_root") or run_dir.parent.parent)
         earlier = find_unfinished(root, config_hash(resolved(cfg)))
         if earlier is not None:
-            log.info("going on with %s", earlier)
             move_log(run_dir, earlier)
             run_dir = earlier
-    with recorded(cfg, run_dir, "train", keep_refused=is_sweep()) as record:
-        try:
-            _train(cfg, run_dir, record)
-        finally:
-            free_memory()
-    _print_table(run_dir)
+    _train_in(cfg, run_dir, sweep=False, go_on=cfg.resume == "auto")
     return run_dir
 
 
-def _train(cfg: DictConfig, run_dir: Path, record: RunRecord) -> None:
+def _train_in(cfg: DictConfig, run_dir: Path, *, sweep: bool, go_on: bool) -> None:
+    if go_on and has_checkpoint(run_dir):
+        log.info("going on with %s", run_dir)
+    with recorded(cfg, run_dir, "train", keep_refused=sweep, go_on=go_on) as record:
+        if sweep:
+            _check(cfg)  # the table of a sweep has a row for a refused job as well
+        try:
+            _train(cfg, run_dir, record, go_on=go_on)
+        finally:
+            free_memory()
+    _print_table(run_dir)
+
+
+def _check(cfg: DictConfig) -> None:
+    pipeline.check(cfg)
+    check_loggers(OmegaConf.to_container(cfg.logger, resolve=True))  # type: ignore[arg-type]
+
+
+def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) -> None:
     loss = pipeline.make(cfg.loss)
     datamodule = pipeline.build_datamodule(cfg, loss_targets=loss.targets)
     datamodule.setup()
@@ -103,13 +132,16 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord) -> None:
         "quant": str(sorted(dataclasses.asdict(pipeline.make(cfg.quant)).items())),
         "config_hash": record.metrics["config_hash"],
     }
-    checkpoint = find_resumable(run_dir / "checkpoints", identity) if cfg.resume == "auto" else None
+    checkpoint = find_resumable(run_dir / "checkpoints", identity) if go_on else None
     callbacks = pipeline.build_callbacks(cfg, run_dir, datamodule, identity)
     loggers = pipeline.make(
         cfg.logger,
         run_dir=run_dir,
         run_config=resolved(cfg),
         group=run_dir.parent.name if is_sweep() else None,
+        tags=[
+            f"{group}={name}" for group, name in choices("train").items() if group in _TAGS and name
+        ],
     )
     exit_code = 1
     try:
@@ -150,12 +182,16 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord) -> None:
         )
         module.eval()
         for split in splits:
-            scored = pipeline.score(cfg, module, datamodule, split)
-            record.metrics[split] = scored.section
-            write_predictions(run_dir, scored.predictions)
+            record_score(record, split, pipeline.score(cfg, module, datamodule, split))
+            log_result(loggers, split, record.metrics[split])
+        record_calibration(record, splits)
+        _compare(cfg, record, datamodule, splits)
         exit_code = 0
+    except BaseException as error:
+        exit_code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
     finally:
-        finish_wandb(loggers, exit_code)
+        finish_loggers(loggers, exit_code)
 
 
 def _train_section(callbacks: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +204,20 @@ def _train_section(callbacks: dict[str, Any], logged: dict[str, Any]) -> dict[st
     if "train/loss" in logged:
         section["loss"] = float(logged["train/loss"])
     return section
+
+
+def _compare(
+    cfg: DictConfig, record: RunRecord, datamodule: MedMCQADataModule, splits: list[str]
+) -> None:
+    """Set the run beside the base it started from, or the 16-bit one where only that was scored."""
+    names = [name for name in reversed(pipeline.BASELINES) if name in cfg.baselines]
+    for split in splits if names else ():
+        base = record.run_dir / "baselines" / names[0]
+        questions = datamodule.questions[split]
+        try:
+            record_base(record, base, split, questions, describe(resolved(cfg)))
+        except MedQLoRAError as error:  # a folder of an earlier try, after its data were changed
+            log.warning("the run is not compared with its base: %s", error)
 
 
 def _score_baseline(
@@ -187,11 +237,27 @@ def _score_baseline(
         }
     values["peft"] = {}
     baseline = OmegaConf.create({key: values[key] for key in _SCORING_KEYS if key in values})
+    if is_sweep() and _copy_baseline(run_dir, folder, resolved(baseline), splits):
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
     with recorded(baseline, folder, "evaluate", keep_refused=True) as record:
         score_into(record, baseline, datamodule, splits)
     free_memory()
+
+
+def _copy_baseline(run_dir: Path, folder: Path, config: dict[str, Any], splits: list[str]) -> bool:
+    """Take the scores of a base from a job of a sweep that has scored it already."""
+    earlier = find_completed(sweep_root(run_dir.parent), config)
+    if earlier is None or not all(read_run(earlier).metrics[split]["n"] for split in splits):
+        return False
+    log.info("the bare base was scored already: %s", earlier)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".copy-", dir=folder.parent) as temporary:
+        copy = Path(shutil.copytree(earlier, Path(temporary) / folder.name))
+        shutil.rmtree(folder, ignore_errors=True)
+        copy.replace(folder)
+    return True
 
 
 def _print_table(run_dir: Path) -> None:

@@ -12,12 +12,12 @@ from medqlora.acceleration.backbone import (
     last_hidden,
     prepare_for_training,
 )
-from medqlora.acceleration.compilation import compile_backbone, compile_mode
+from medqlora.acceleration.compilation import Acceleration, accelerate
 
 __all__ = [
     "PACKED_ATTENTION",
-    "compile_backbone",
-    "compile_mode",
+    "Acceleration",
+    "accelerate",
     "cover_padding",
     "find_backbone",
     "hidden_states",

@@ -16,6 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from medqlora.acceleration.attention import cover_padding
 from medqlora.schema import PackedBatch
 
+FAST_PATH = "medqlora_fast_path"
+"""Attribute of a backbone that runs its rows in another way with the same result; see `fused`."""
+
 
 def find_backbone(model: nn.Module) -> PreTrainedModel:
     """The transformer inside a causal language model, inside an adapter or not.
@@ -46,6 +49,8 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "token 
         Hidden states. Those of padding are finite and mean nothing.
     """
     backbone = find_backbone(model)
+    if (fast := getattr(backbone, FAST_PATH, None)) is not None:
+        return fast.hidden_states(batch)
     embed = backbone.get_input_embeddings()
     assert isinstance(embed, nn.Module)
     device = batch.input_ids.device
@@ -135,6 +140,8 @@ def last_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "question
     Returns:
         One hidden state a place; that of an empty place belongs to the row's first token.
     """
+    if (fast := getattr(find_backbone(model), FAST_PATH, None)) is not None:
+        return fast.last_hidden(batch)
     return hidden_states(model, batch).index_select(0, batch.last)
 
 

@@ -1,14 +1,19 @@
-"""`torch.compile` for rows that always have the same shapes."""
+"""How a model is run on a device: the fast path, `torch.compile`, CUDA graphs, or as it is."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
 from medqlora.acceleration.backbone import find_backbone
+from medqlora.acceleration.fused import enable_fused, why_not_fused
 from medqlora.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 CompileMode = Literal["none", "default", "cuda_graphs", "auto"]
 
@@ -16,61 +21,113 @@ CUDA_GRAPHS_UP_TO = 8192
 """Tokens a row up to which launching kernels costs more than running them."""
 
 
-def compile_mode(mode: CompileMode, device: torch.device | str, token_budget: int) -> str:
-    """What `mode` means on a device.
+@dataclass(frozen=True)
+class Acceleration:
+    """How rows are run. Nothing here changes a result beyond rounding, but for `float8`.
 
-    Args:
-        mode: "none", "default", "cuda_graphs", or "auto": none on the CPU, where the compiler
+    Attributes:
+        compile: "none", "default", "cuda_graphs", or "auto": none on the CPU, where the compiler
             needs a C++ toolchain; CUDA graphs for short rows and the default for long ones.
-        device: Where the model runs.
-        token_budget: Tokens a row.
-
-    Returns:
-        "none", "default" or "cuda_graphs".
+        fused: Run 4-bit layers under plain LoRA through the fast path (`fused.FusedBackbone`):
+            "auto" where it can, "on" or an error, "off".
+        float8: Multiply in 8-bit floats on the fast path: rounds weights and activations to 3 bits
+            of mantissa.
+        gradient_checkpointing: Keep only each layer's input and compute the rest again backwards.
 
     Raises:
-        ConfigError: If the mode is unknown or CUDA graphs are asked for on another device.
+        ConfigError: If a value is unknown or cannot take effect.
     """
-    kind = torch.device(device).type
-    if mode not in ("none", "default", "cuda_graphs", "auto"):
-        raise ConfigError(
-            f"acceleration.compile={mode} is not known. Choose none, default, cuda_graphs or auto."
-        )
-    if mode == "cuda_graphs" and kind != "cuda":
-        raise ConfigError(
-            f"acceleration.compile=cuda_graphs has no effect on {kind}: it replays CUDA kernels. "
-            "Choose acceleration.compile=auto, or trainer=gpu."
-        )
-    if mode != "auto":
-        return mode
-    if kind != "cuda":
-        return "none"
-    return "cuda_graphs" if token_budget <= CUDA_GRAPHS_UP_TO else "default"
+
+    compile: CompileMode = "auto"
+    fused: Literal["auto", "on", "off"] = "auto"
+    float8: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compile not in ("none", "default", "cuda_graphs", "auto"):
+            raise ConfigError(
+                f"acceleration.compile={self.compile} is not known. Choose none, default, "
+                "cuda_graphs or auto."
+            )
+        if self.fused not in ("auto", "on", "off"):
+            raise ConfigError(
+                f"acceleration.fused={self.fused} is not known. Choose auto, on or off."
+            )
+        if self.float8 and self.fused == "off":
+            raise ConfigError(
+                "acceleration.float8=true has no effect with acceleration.fused=off: only the fast "
+                "path multiplies in 8 bits. Set acceleration.fused=auto."
+            )
+
+    def check_device(self, device: torch.device | str) -> None:
+        """Refuse what has no effect on a device.
+
+        Raises:
+            ConfigError: If the options need CUDA, or a newer GPU, and the device is none.
+        """
+        kind = torch.device(device).type
+        for option, wanted in (
+            ("compile=cuda_graphs", self.compile == "cuda_graphs"),
+            ("fused=on", self.fused == "on"),
+            ("float8=true", self.float8),
+        ):
+            if wanted and kind != "cuda":
+                raise ConfigError(
+                    f"acceleration.{option} has no effect on {kind}: it needs a CUDA device. Leave "
+                    "it out, or choose trainer=gpu."
+                )
+        if self.float8 and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ConfigError(
+                "acceleration.float8=true needs a GPU of compute capability 8.9 or more (Ada, "
+                "Hopper and later). Set acceleration.float8=false."
+            )
+
+    def compile_mode(self, device: torch.device | str, token_budget: int) -> str:
+        """What `compile` means for rows of a length on a device."""
+        if self.compile != "auto":
+            return self.compile
+        if torch.device(device).type != "cuda":
+            return "none"
+        return "cuda_graphs" if token_budget <= CUDA_GRAPHS_UP_TO else "default"
 
 
-def compile_backbone(
-    model: nn.Module,
-    mode: CompileMode = "auto",
-    device: torch.device | str = "cpu",
-    token_budget: int = 0,
+def accelerate(
+    model: nn.Module, options: Acceleration, device: torch.device | str, token_budget: int
 ) -> str:
-    """Compile the transformer of a model in place; parameter names stay the same.
+    """Choose and set up how a model runs its rows, in place; parameter names stay the same.
 
     Args:
-        model: As for `find_backbone`.
-        mode: See `compile_mode`.
-        device: Where the model runs.
+        model: A base model, with or without an adapter, switched to packed attention.
+        options: What is wanted.
+        device: Where the model is.
         token_budget: Tokens a row.
 
     Returns:
-        The mode that was used.
+        What was chosen, in words, for the log.
 
     Raises:
-        ConfigError: See `compile_mode`.
+        ConfigError: If what is wanted cannot take effect.
     """
-    chosen = compile_mode(mode, device, token_budget)
-    if chosen != "none":
-        find_backbone(model).compile(
-            dynamic=False, mode="reduce-overhead" if chosen == "cuda_graphs" else None
+    options.check_device(device)
+    mode = options.compile_mode(device, token_budget)
+    reason = why_not_fused(model) if options.fused != "off" else "acceleration.fused=off"
+    if reason is None:
+        enable_fused(
+            model,
+            compile=mode != "none",
+            float8=options.float8,
+            gradient_checkpointing=options.gradient_checkpointing,
+            cuda_graphs=mode == "cuda_graphs",
         )
-    return chosen
+        return f"fast path, compile={mode}" + (", float8" if options.float8 else "")
+    if options.fused == "on" or options.float8:
+        option = "fused=on" if options.fused == "on" else "float8=true"
+        raise ConfigError(
+            f"acceleration.{option} cannot take effect because {reason}. Set acceleration.fused="
+            "auto and acceleration.float8=false, or change that."
+        )
+    if mode != "none":
+        find_backbone(model).compile(
+            dynamic=False, mode="reduce-overhead" if mode == "cuda_graphs" else None
+        )
+    return f"plain layers ({reason}), compile={mode}"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medqlora.acceleration.attention import cover_padding
-from medqlora.acceleration.backbone import find_backbone
+from medqlora.acceleration.backbone import FAST_PATH, find_backbone
 from medqlora.schema import PackedBatch
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,6 +44,15 @@ class Linear(NamedTuple):
     code: Tensor
     lora_a: Tensor | None
     lora_b: Tensor | None
+
+
+class Row(NamedTuple):
+    """The tensors of a packed row that the layers read; `keep` are the tokens that are scored."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    keep: Tensor | None
 
 
 class Layer(NamedTuple):
@@ -89,6 +98,16 @@ class Sizes:
     weight_scale: float = 0.0
 
 
+def enable_fused(model: nn.Module, **options: Any) -> None:
+    """Send `last_hidden` and `hidden_states` of a model through the fast path from now on.
+
+    Args:
+        model: A model for which `why_not_fused` returns None.
+        **options: Arguments of `FusedBackbone`.
+    """
+    object.__setattr__(find_backbone(model), FAST_PATH, FusedBackbone(model, **options))
+
+
 def why_not_fused(model: nn.Module) -> str | None:
     """Why a model cannot take the fast path.
 
@@ -129,6 +148,9 @@ def why_not_fused(model: nn.Module) -> str | None:
                 return reason
             if scaling is not None:
                 scalings.add(scaling)
+    others = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
+    if others:
+        return f"{others[0]} is trained, which is no part of a LoRA adapter"
     if len(scalings) > 1:
         return "the adapter's scaling differs between layers"
     return None
@@ -166,6 +188,8 @@ class FusedBackbone:
             in 16 bit. Faster on Hopper and later; rounds weights and activations to 3 bits of
             mantissa.
         gradient_checkpointing: Keep only each layer's input and compute the rest again backwards.
+        cuda_graphs: Record training passes once and replay them: for short rows, where launching
+            kernels takes longer than running them.
     """
 
     def __init__(
@@ -175,6 +199,7 @@ class FusedBackbone:
         compile: bool = True,
         float8: bool = False,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self._backbone: Any = find_backbone(model)
         config = self._backbone.config
@@ -209,27 +234,45 @@ class FusedBackbone:
             else decoder_layer
         )
         self._angles: tuple[Tensor, Tensor] | None = None
+        self.cuda_graphs = cuda_graphs
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._graphs: dict[Any, _Graph] = {}
 
     def last_hidden(self, batch: PackedBatch) -> Float[Tensor, "question width"]:
         """Hidden state of the last prompt token of each question; see `backbone.last_hidden`."""
-        return self(batch.input_ids, batch.cu_seqlens, batch.last, batch.max_length)
+        return self._call(batch, batch.last)
 
-    def __call__(
-        self,
-        input_ids: Int[Tensor, " token"],
-        cu_seqlens: Int[Tensor, " boundary"],
-        last: Int[Tensor, " question"],
-        max_length: int,
-    ) -> Float[Tensor, "question width"]:
-        """The same from the tensors it needs, which is what a CUDA graph is captured of."""
-        boundaries = cover_padding(cu_seqlens, input_ids.shape[0], max_length)
-        cosine, sine = self._rotary(max_length, input_ids.device)
-        hidden = self._backbone.embed_tokens(input_ids[None])[0].to(torch.bfloat16)
+    def hidden_states(self, batch: PackedBatch) -> Float[Tensor, "token width"]:
+        """Hidden states of every token of a row; see `backbone.hidden_states`."""
+        return self._call(batch, None)
+
+    def _call(self, batch: PackedBatch, keep: Tensor | None) -> Tensor:
+        row = Row(batch.input_ids, batch.position_ids, batch.cu_seqlens, keep)
+        if not (self.cuda_graphs and torch.is_grad_enabled() and self._parameters):
+            return self.forward(row, batch.max_length)
+        shapes = tuple(None if t is None else tuple(t.shape) for t in row)
+        if shapes not in self._graphs:
+            self._graphs[shapes] = _Graph(self.forward, row, batch.max_length, self._parameters)
+        return self._graphs[shapes](row)
+
+    def forward(self, row: Row, max_length: int) -> Float[Tensor, "kept width"]:
+        """Run every layer.
+
+        Args:
+            row: The tensors of one packed row.
+            max_length: Upper bound of a question's length.
+
+        Returns:
+            Hidden states after the final norm, of the tokens to keep.
+        """
+        boundaries = cover_padding(row.cu_seqlens, row.input_ids.shape[0], max_length)
+        cosine, sine = self._rotary(max_length, row.position_ids)
+        hidden = self._backbone.embed_tokens(row.input_ids[None])[0].to(torch.bfloat16)
         if torch.is_grad_enabled():
             # One compilation then serves the first layer as well.
-            hidden = hidden.requires_grad_()
+            hidden = hidden.detach().requires_grad_()
         for index, layer in enumerate(self.layers):
-            keep = last if index == len(self.layers) - 1 else None
+            keep = row.keep if index == len(self.layers) - 1 else None
             arguments = (hidden, layer, boundaries, cosine, sine, keep, self.sizes)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(
@@ -239,12 +282,87 @@ class FusedBackbone:
                 hidden = self._run(*arguments)
         return rms_norm(hidden, self._backbone.norm.weight, self.sizes.eps)
 
-    def _rotary(self, max_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rotary(self, max_length: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._angles is None or self._angles[0].shape[0] < max_length:
-            frequencies = self._backbone.rotary_emb.inv_freq.float().to(device)
-            angles = torch.arange(max_length, device=device).float()[:, None] * frequencies
-            self._angles = angles.cos().contiguous(), angles.sin().contiguous()
-        return self._angles
+            frequencies = self._backbone.rotary_emb.inv_freq.float().to(positions.device)
+            angles = (
+                torch.arange(max_length, device=positions.device).float()[:, None] * frequencies
+            )
+            # In 16 bit, as transformers hands them to attention.
+            self._angles = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+        cosine, sine = self._angles
+        return cosine[positions], sine[positions]
+
+
+class _Graph:
+    """A forward and a backward pass recorded as CUDA graphs, replayed for rows of the same shapes.
+
+    Args:
+        forward: What is recorded.
+        row: A row with the shapes.
+        max_length: Passed to `forward`.
+        parameters: Weights whose gradients are wanted.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Row, int], Tensor],
+        row: Row,
+        max_length: int,
+        parameters: list[nn.Parameter],
+    ) -> None:
+        self.parameters = parameters
+        self._row = Row(*(None if t is None else t.clone() for t in row))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and allocates what is allocated once
+                out = forward(self._row, max_length)
+                torch.autograd.grad(out, parameters, torch.zeros_like(out))
+            del out
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        pool = torch.cuda.graph_pool_handle()
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # The data loader may copy the next row from its own thread meanwhile.
+        with torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
+            self._out = forward(self._row, max_length)
+        self._grad_out = torch.zeros_like(self._out)
+        with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
+            gradients = torch.autograd.grad(self._out, parameters, self._grad_out)
+            self._gradients = torch.cat([gradient.flatten() for gradient in gradients])
+        self._out = self._out.detach()
+
+    def __call__(self, row: Row) -> Tensor:
+        for place, tensor in zip(self._row, row, strict=True):
+            if place is not None and tensor is not None:
+                place.copy_(tensor, non_blocking=True)
+        return _Replay.apply(self, *self.parameters)
+
+    def replay_forward(self) -> Tensor:
+        """The output, in memory of its own."""
+        self._forward.replay()
+        return self._out.clone()
+
+    def replay_backward(self, grad_out: Tensor) -> list[Tensor]:
+        """The gradients of the parameters, in memory of their own: they may be accumulated."""
+        self._grad_out.copy_(grad_out)
+        self._backward.replay()
+        pieces = self._gradients.clone().split([p.numel() for p in self.parameters])
+        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+
+class _Replay(torch.autograd.Function):
+    """Ties a recorded pass to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *parameters: Tensor) -> Tensor:
+        ctx.graph = graph
+        return graph.replay_forward()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.graph.replay_backward(grads[0])
 
 
 def rms_norm(
@@ -264,8 +382,8 @@ def decoder_layer(
     hidden: Float[Tensor, "token width"],
     layer: Layer,
     boundaries: Int[Tensor, " boundary"],
-    cosine: Float[Tensor, "position half"],
-    sine: Float[Tensor, "position half"],
+    cosine: Float[Tensor, "token half"],
+    sine: Float[Tensor, "token half"],
     keep: Int[Tensor, " question"] | None,
     sizes: Sizes,
 ) -> Float[Tensor, "kept width"]:
@@ -275,8 +393,8 @@ def decoder_layer(
         hidden: Hidden states of all tokens.
         layer: The layer's tensors.
         boundaries: Start of each question; together they cover the row.
-        cosine: Of the rotary angles.
-        sine: Of the rotary angles.
+        cosine: Of each token's rotary angles.
+        sine: Likewise.
         keep: Tokens that are needed behind this layer; None for all. Attention still sees all.
         sizes: What is fixed.
 
@@ -285,11 +403,11 @@ def decoder_layer(
     """
     x = rms_norm(hidden, layer.input_norm, sizes.eps)
     width = sizes.num_heads * sizes.head_dim
-    query = _linear(x, layer.q, width, sizes.width, sizes)
-    key = _linear(x, layer.k, sizes.kv_width, sizes.width, sizes)
+    query = _rotate(_linear(x, layer.q, width, sizes.width, sizes), cosine, sine)
+    key = _rotate(_linear(x, layer.k, sizes.kv_width, sizes.width, sizes), cosine, sine)
     value = _linear(x, layer.v, sizes.kv_width, sizes.width, sizes)
-    attended, _ = torch.ops.medqlora.rotary_attention(
-        query, key, value, boundaries, cosine, sine, sizes.num_heads, sizes.head_dim**-0.5
+    attended, _ = torch.ops.medqlora.question_attention(
+        query, key, value, boundaries, sizes.num_heads, sizes.head_dim**-0.5
     )
     if keep is not None:
         hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)
@@ -299,6 +417,19 @@ def decoder_layer(
     up = _linear(x, layer.up, sizes.mlp_width, sizes.width, sizes)
     inner = F.gelu(gate, approximate=sizes.activation) * up
     return hidden + _linear(inner, layer.down, sizes.width, sizes.mlp_width, sizes)
+
+
+def _rotate(
+    x: Float[Tensor, "token width"],
+    cosine: Float[Tensor, "token half"],
+    sine: Float[Tensor, "token half"],
+) -> Float[Tensor, "token width"]:
+    """Rotary position embedding of each head: Su et al. 2021, arXiv:2104.09864."""
+    halves = x.unflatten(-1, (-1, 2, cosine.shape[-1]))
+    first, second = halves[:, :, 0], halves[:, :, 1]
+    cosine, sine = cosine[:, None], sine[:, None]
+    rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=2)
+    return rotated.flatten(1)
 
 
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
@@ -312,7 +443,7 @@ def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, size
 
 
 class _FoldedLinear(torch.autograd.Function):
-    """`x @ (W + scaling * B A).T`; W is dequantised on the way forward and again on the way back."""
+    """`x @ (W + scaling * B A).T`, with W dequantised on the way forward and on the way back."""
 
     @staticmethod
     def forward(

@@ -249,32 +249,6 @@ def _(grad, down, lora_b):
 
 
 @triton.jit
-def _rotated(base, rows, head, stride, cosine, sine, position, there, HALF: tl.constexpr):
-    half = tl.arange(0, HALF)
-    where = base + rows[:, None] * stride + head * 2 * HALF + half[None, :]
-    first = tl.load(where, mask=there[:, None], other=0.0).to(tl.float32)
-    second = tl.load(where + HALF, mask=there[:, None], other=0.0).to(tl.float32)
-    angle = position[:, None] * HALF + half[None, :]
-    c = tl.load(cosine + angle, mask=there[:, None], other=0.0)
-    s = tl.load(sine + angle, mask=there[:, None], other=0.0)
-    return (first * c - second * s).to(tl.bfloat16), (second * c + first * s).to(tl.bfloat16)
-
-
-@triton.jit
-def _store_unrotated(
-    base, first, second, rows, head, stride, cosine, sine, position, there, HALF: tl.constexpr
-):
-    half = tl.arange(0, HALF)
-    angle = position[:, None] * HALF + half[None, :]
-    c = tl.load(cosine + angle, mask=there[:, None], other=0.0)
-    s = tl.load(sine + angle, mask=there[:, None], other=0.0)
-    where = base + rows[:, None] * stride + head * 2 * HALF + half[None, :]
-    out = base.dtype.element_ty
-    tl.store(where, (first * c + second * s).to(out), mask=there[:, None])
-    tl.store(where + HALF, (second * c - first * s).to(out), mask=there[:, None])
-
-
-@triton.jit
 def _attention_forward(
     query,
     key,
@@ -282,60 +256,34 @@ def _attention_forward(
     out,
     log_sum,
     boundaries,
-    cosine,
-    sine,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     question, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
-    width = tl.arange(0, 2 * HALF)
-    kv_stride = HEADS // GROUP * 2 * HALF
+    width = tl.arange(0, WIDTH)
+    q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
+    kv_offset = (head // GROUP) * WIDTH
     for q0 in range(0, length, BLOCK_Q):
         q_position = q0 + tl.arange(0, BLOCK_Q)
         q_there = q_position < length
-        q1, q2 = _rotated(
-            query,
-            start + q_position,
-            head,
-            HEADS * 2 * HALF,
-            cosine,
-            sine,
-            q_position,
-            q_there,
-            HALF,
-        )
+        q_where = (start + q_position)[:, None] * q_stride + head * WIDTH + width[None, :]
+        q = tl.load(query + q_where, mask=q_there[:, None], other=0.0)
         maximum = tl.full((BLOCK_Q,), -1e30, tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
-        result = tl.zeros((BLOCK_Q, 2 * HALF), tl.float32)
+        result = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
         for k0 in range(0, tl.minimum(q0 + BLOCK_Q, length), BLOCK_K):
             k_position = k0 + tl.arange(0, BLOCK_K)
             k_there = k_position < length
-            k1, k2 = _rotated(
-                key,
-                start + k_position,
-                head // GROUP,
-                kv_stride,
-                cosine,
-                sine,
-                k_position,
-                k_there,
-                HALF,
-            )
-            v = tl.load(
-                value
-                + (start + k_position)[:, None] * kv_stride
-                + (head // GROUP) * 2 * HALF
-                + width[None, :],
-                mask=k_there[:, None],
-                other=0.0,
-            )
-            score = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
+            k_where = (start + k_position)[:, None] * kv_stride + kv_offset + width[None, :]
+            k = tl.load(key + k_where, mask=k_there[:, None], other=0.0)
+            v = tl.load(value + k_where, mask=k_there[:, None], other=0.0)
+            score = tl.dot(q, tl.trans(k)) * scale
             seen = (k_position[None, :] <= q_position[:, None]) & k_there[None, :]
             score = tl.where(seen, score, -1e30)
             new_maximum = tl.maximum(maximum, tl.max(score, 1))
@@ -345,14 +293,7 @@ def _attention_forward(
             result = result * shrink[:, None] + tl.dot(probability.to(tl.bfloat16), v)
             maximum = new_maximum
         result = result / total[:, None]
-        tl.store(
-            out
-            + (start + q_position)[:, None] * (HEADS * 2 * HALF)
-            + head * 2 * HALF
-            + width[None, :],
-            result.to(tl.bfloat16),
-            mask=q_there[:, None],
-        )
+        tl.store(out + q_where, result.to(tl.bfloat16), mask=q_there[:, None])
         tl.store(
             log_sum + (start + q_position) * HEADS + head, maximum + tl.log(total), mask=q_there
         )
@@ -369,76 +310,43 @@ def _attention_backward_query(
     delta,
     grad_query,
     boundaries,
-    cosine,
-    sine,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     question, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
-    width = tl.arange(0, 2 * HALF)
-    q_stride = HEADS * 2 * HALF
-    kv_stride = HEADS // GROUP * 2 * HALF
+    width = tl.arange(0, WIDTH)
+    q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
+    kv_offset = (head // GROUP) * WIDTH
     for q0 in range(0, length, BLOCK_Q):
         q_position = q0 + tl.arange(0, BLOCK_Q)
         q_there = q_position < length
         q_rows = start + q_position
-        where = q_rows[:, None] * q_stride + head * 2 * HALF + width[None, :]
-        o = tl.load(out + where, mask=q_there[:, None], other=0.0)
-        d = tl.load(grad_out + where, mask=q_there[:, None], other=0.0)
+        q_where = q_rows[:, None] * q_stride + head * WIDTH + width[None, :]
+        o = tl.load(out + q_where, mask=q_there[:, None], other=0.0)
+        d = tl.load(grad_out + q_where, mask=q_there[:, None], other=0.0)
         row_delta = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
         tl.store(delta + q_rows * HEADS + head, row_delta, mask=q_there)
+        q = tl.load(query + q_where, mask=q_there[:, None], other=0.0)
         lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
-        q1, q2 = _rotated(query, q_rows, head, q_stride, cosine, sine, q_position, q_there, HALF)
-        grad1 = tl.zeros((BLOCK_Q, HALF), tl.float32)
-        grad2 = tl.zeros((BLOCK_Q, HALF), tl.float32)
+        grad = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
         for k0 in range(0, tl.minimum(q0 + BLOCK_Q, length), BLOCK_K):
             k_position = k0 + tl.arange(0, BLOCK_K)
             k_there = k_position < length
-            k1, k2 = _rotated(
-                key,
-                start + k_position,
-                head // GROUP,
-                kv_stride,
-                cosine,
-                sine,
-                k_position,
-                k_there,
-                HALF,
-            )
-            v = tl.load(
-                value
-                + (start + k_position)[:, None] * kv_stride
-                + (head // GROUP) * 2 * HALF
-                + width[None, :],
-                mask=k_there[:, None],
-                other=0.0,
-            )
-            score = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
+            k_where = (start + k_position)[:, None] * kv_stride + kv_offset + width[None, :]
+            k = tl.load(key + k_where, mask=k_there[:, None], other=0.0)
+            v = tl.load(value + k_where, mask=k_there[:, None], other=0.0)
+            score = tl.dot(q, tl.trans(k)) * scale
             seen = (k_position[None, :] <= q_position[:, None]) & k_there[None, :]
             probability = tl.where(seen, tl.exp(score - lse[:, None]), 0.0)
             slope = probability * (tl.dot(d, tl.trans(v)) - row_delta[:, None]) * scale
-            slope = slope.to(tl.bfloat16)
-            grad1 += tl.dot(slope, k1)
-            grad2 += tl.dot(slope, k2)
-        _store_unrotated(
-            grad_query,
-            grad1,
-            grad2,
-            q_rows,
-            head,
-            q_stride,
-            cosine,
-            sine,
-            q_position,
-            q_there,
-            HALF,
-        )
+            grad += tl.dot(slope.to(tl.bfloat16), k)
+        tl.store(grad_query + q_where, grad.to(tl.bfloat16), mask=q_there[:, None])
 
 
 @triton.jit
@@ -452,102 +360,76 @@ def _attention_backward_key(
     grad_key,
     grad_value,
     boundaries,
-    cosine,
-    sine,
     scale,
     T,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Query heads of one key head are summed in PARTS programs, whose results are added up
+    # The query heads of a key head are shared out over PARTS programs, whose sums are added up
     # afterwards.
     question, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
-    width = tl.arange(0, 2 * HALF)
-    q_stride = HEADS * 2 * HALF
-    kv_stride = HEADS // GROUP * 2 * HALF
-    grad_key += part * T * kv_stride
-    grad_value += part * T * kv_stride
+    width = tl.arange(0, WIDTH)
+    q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
     for k0 in range(0, length, BLOCK_K):
         k_position = k0 + tl.arange(0, BLOCK_K)
         k_there = k_position < length
-        k_rows = start + k_position
-        k1, k2 = _rotated(key, k_rows, kv_head, kv_stride, cosine, sine, k_position, k_there, HALF)
-        where = k_rows[:, None] * kv_stride + kv_head * 2 * HALF + width[None, :]
-        v = tl.load(value + where, mask=k_there[:, None], other=0.0)
-        grad1 = tl.zeros((BLOCK_K, HALF), tl.float32)
-        grad2 = tl.zeros((BLOCK_K, HALF), tl.float32)
-        grad_v = tl.zeros((BLOCK_K, 2 * HALF), tl.float32)
+        k_where = (start + k_position)[:, None] * kv_stride + kv_head * WIDTH + width[None, :]
+        k = tl.load(key + k_where, mask=k_there[:, None], other=0.0)
+        v = tl.load(value + k_where, mask=k_there[:, None], other=0.0)
+        grad_k = tl.zeros((BLOCK_K, WIDTH), tl.float32)
+        grad_v = tl.zeros((BLOCK_K, WIDTH), tl.float32)
         for i in range(GROUP // PARTS):
             head = kv_head * GROUP + part * (GROUP // PARTS) + i
             for q0 in range(k0 // BLOCK_Q * BLOCK_Q, length, BLOCK_Q):
                 q_position = q0 + tl.arange(0, BLOCK_Q)
                 q_there = q_position < length
                 q_rows = start + q_position
-                q1, q2 = _rotated(
-                    query, q_rows, head, q_stride, cosine, sine, q_position, q_there, HALF
-                )
-                d = tl.load(
-                    grad_out + q_rows[:, None] * q_stride + head * 2 * HALF + width[None, :],
-                    mask=q_there[:, None],
-                    other=0.0,
-                )
+                q_where = q_rows[:, None] * q_stride + head * WIDTH + width[None, :]
+                q = tl.load(query + q_where, mask=q_there[:, None], other=0.0)
+                d = tl.load(grad_out + q_where, mask=q_there[:, None], other=0.0)
                 lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
                 row_delta = tl.load(delta + q_rows * HEADS + head, mask=q_there, other=0.0)
-                score = (tl.dot(k1, tl.trans(q1)) + tl.dot(k2, tl.trans(q2))) * scale
+                score = tl.dot(k, tl.trans(q)) * scale
                 seen = (k_position[:, None] <= q_position[None, :]) & q_there[None, :]
                 probability = tl.where(seen, tl.exp(score - lse[None, :]), 0.0)
                 grad_v += tl.dot(probability.to(tl.bfloat16), d)
                 slope = probability * (tl.dot(v, tl.trans(d)) - row_delta[None, :]) * scale
-                slope = slope.to(tl.bfloat16)
-                grad1 += tl.dot(slope, q1)
-                grad2 += tl.dot(slope, q2)
-        _store_unrotated(
-            grad_key,
-            grad1,
-            grad2,
-            k_rows,
-            kv_head,
-            kv_stride,
-            cosine,
-            sine,
-            k_position,
-            k_there,
-            HALF,
-        )
-        tl.store(grad_value + where, grad_v.to(grad_value.dtype.element_ty), mask=k_there[:, None])
+                grad_k += tl.dot(slope.to(tl.bfloat16), q)
+        kv_where = part * T * kv_stride + k_where
+        out_type = grad_key.dtype.element_ty
+        tl.store(grad_key + kv_where, grad_k.to(out_type), mask=k_there[:, None])
+        tl.store(grad_value + kv_where, grad_v.to(out_type), mask=k_there[:, None])
 
 
-@torch.library.custom_op("medqlora::rotary_attention", mutates_args=())
-def rotary_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
-    num_heads: int,
-    scale: float,
+FORWARD = {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+BACKWARD_QUERY = {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+BACKWARD_KEY = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+PARTS = 4
+"""Tile sizes that were the fastest on an H200 for heads of 256 (`benchmarks/tune_attention.py`)."""
+
+
+@torch.library.custom_op("medqlora::question_attention", mutates_args=())
+def question_attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, num_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding and causal attention within each question of a packed row.
+    """Causal attention within each question of a packed row.
 
-    Reads the projections as they come out of their matrix products: no transposed or rotated copy,
-    no repeated key head. Made for questions of tens to hundreds of tokens: a program takes a whole
-    one.
+    Reads the projections as they come out of their matrix products: nothing is transposed and no
+    key head is repeated. Made for questions of tens to hundreds of tokens: one program takes a
+    whole question of one head.
 
     Args:
-        query: (token, num_heads * width), bfloat16, not yet rotated.
-        key: (token, kv_head * width), not yet rotated.
+        query: (token, num_heads * width), bfloat16.
+        key: (token, kv_head * width).
         value: (token, kv_head * width).
         boundaries: Start of each question, then the end of the last, repeated; int32. Together they
             must cover every token.
-        cosine: (position, width / 2) of the rotary angles, float32.
-        sine: Likewise.
         num_heads: Query heads.
         scale: Factor on the scores.
 
@@ -556,12 +438,10 @@ def rotary_attention(
         (token, num_heads) in float32, for the backward pass.
 
     References:
-        Rotary embedding: Su et al. 2021, arXiv:2104.09864. Online softmax: Dao et al. 2022,
-        arXiv:2205.14135.
+        Online softmax: Dao et al. 2022, arXiv:2205.14135.
     """
     out = torch.empty_like(query)
     log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
-    group = query.shape[1] // key.shape[1]
     _attention_forward[(boundaries.numel() - 1, num_heads)](
         query,
         key,
@@ -569,28 +449,23 @@ def rotary_attention(
         out,
         log_sum,
         boundaries,
-        cosine,
-        sine,
         scale,
         HEADS=num_heads,
-        GROUP=group,
-        HALF=cosine.shape[1],
-        BLOCK_Q=64,
-        BLOCK_K=32,
-        num_warps=4,
-        num_stages=1,
+        GROUP=query.shape[1] // key.shape[1],
+        WIDTH=query.shape[1] // num_heads,
+        **FORWARD,
     )
     return out, log_sum
 
 
-@rotary_attention.register_fake
-def _(query, key, value, boundaries, cosine, sine, num_heads, scale):
+@question_attention.register_fake
+def _(query, key, value, boundaries, num_heads, scale):
     log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
     return torch.empty_like(query), log_sum
 
 
-@torch.library.custom_op("medqlora::rotary_attention_backward", mutates_args=())
-def rotary_attention_backward(
+@torch.library.custom_op("medqlora::question_attention_backward", mutates_args=())
+def question_attention_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -598,16 +473,14 @@ def rotary_attention_backward(
     out: Tensor,
     log_sum: Tensor,
     boundaries: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `rotary_attention` for query, key and value, summed in a fixed order."""
+    """Gradients of `question_attention` for query, key and value, summed in a fixed order."""
     grad_query = torch.empty_like(query)
     delta = torch.empty_like(log_sum)
-    group = query.shape[1] // key.shape[1]
-    parts = 4 if group % 4 == 0 else 1
+    group, width = query.shape[1] // key.shape[1], query.shape[1] // num_heads
+    parts = PARTS if group % PARTS == 0 else 1
     grad_key = torch.empty((parts, *key.shape), dtype=torch.float32, device=key.device)
     grad_value = torch.empty_like(grad_key)
     num_questions = boundaries.numel() - 1
@@ -621,16 +494,11 @@ def rotary_attention_backward(
         delta,
         grad_query,
         boundaries,
-        cosine,
-        sine,
         scale,
         HEADS=num_heads,
         GROUP=group,
-        HALF=cosine.shape[1],
-        BLOCK_Q=64,
-        BLOCK_K=32,
-        num_warps=8,
-        num_stages=1,
+        WIDTH=width,
+        **BACKWARD_QUERY,
     )
     _attention_backward_key[(num_questions, num_heads // group, parts)](
         query,
@@ -642,50 +510,34 @@ def rotary_attention_backward(
         grad_key,
         grad_value,
         boundaries,
-        cosine,
-        sine,
         scale,
         query.shape[0],
         HEADS=num_heads,
         GROUP=group,
         PARTS=parts,
-        HALF=cosine.shape[1],
-        BLOCK_Q=32,
-        BLOCK_K=64,
-        num_warps=8,
-        num_stages=1,
+        WIDTH=width,
+        **BACKWARD_KEY,
     )
     return grad_query, grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
 
 
-@rotary_attention_backward.register_fake
-def _(grad_out, query, key, value, out, log_sum, boundaries, cosine, sine, num_heads, scale):
+@question_attention_backward.register_fake
+def _(grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale):
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _keep(ctx, inputs, output):
-    query, key, value, boundaries, cosine, sine, num_heads, scale = inputs
-    out, log_sum = output
-    ctx.save_for_backward(query, key, value, out, log_sum, boundaries, cosine, sine)
+    query, key, value, boundaries, num_heads, scale = inputs
+    ctx.save_for_backward(query, key, value, *output, boundaries)
     ctx.num_heads, ctx.scale = num_heads, scale
 
 
 def _attention_gradient(ctx, grad_out, grad_log_sum):
-    query, key, value, out, log_sum, boundaries, cosine, sine = ctx.saved_tensors
-    grads = rotary_attention_backward(
-        grad_out.contiguous(),
-        query,
-        key,
-        value,
-        out,
-        log_sum,
-        boundaries,
-        cosine,
-        sine,
-        ctx.num_heads,
-        ctx.scale,
+    *saved, boundaries = ctx.saved_tensors
+    grads = torch.ops.medqlora.question_attention_backward(
+        grad_out.contiguous(), *saved, boundaries, ctx.num_heads, ctx.scale
     )
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None)
 
 
-rotary_attention.register_autograd(_attention_gradient, setup_context=_keep)
+question_attention.register_autograd(_attention_gradient, setup_context=_keep)

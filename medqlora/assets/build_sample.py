@@ -2,11 +2,11 @@
 
     python -m medqlora.assets.build_sample
 
-A fact has five wordings of one question, one right answer and seven wrong ones. One wording of every
-fact is kept for test and one of every second fact for val; train gets the others. The three wrong
-options of a question are one of the 35 ways to choose three of seven, and a way that is used in one
-split is used in no other. A model therefore meets every fact in train and no question of val or test:
-neither its wording nor its set of options.
+A fact has five wordings of one question, one right answer and seven wrong ones. One wording of
+every fact is kept for test and one of every second fact for val; train gets the others. The three
+wrong options of a question are one of the 35 ways to choose three of seven, and a way that is used
+in one split is used in no other. A model therefore meets every fact in train and no question of
+val or test: neither its wording nor its set of options.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from medqlora.errors import DataError
 
 FACTS_DIR = Path(__file__).resolve().parent / "facts"
 """One YAML file a subject."""
@@ -41,7 +39,11 @@ OPTION_SETS = 3
 """Times each wording stands in train, every time with another set of options."""
 
 _COLUMNS = ("opa", "opb", "opc", "opd")
-_SUBJECTS = {"ent": "ENT"}
+_SUBJECTS = {
+    "ent": "ENT",
+    "gynaecology_obstetrics": "Gynaecology & Obstetrics",
+    "social_preventive_medicine": "Social & Preventive Medicine",
+}
 _SMALL_WORDS = {"and", "of"}
 
 Row = dict[str, Any]
@@ -80,7 +82,7 @@ def read_facts(directory: Path = FACTS_DIR) -> list[Fact]:
     """Read every YAML file of a folder, in the order of its name.
 
     Raises:
-        DataError: If a fact lacks a part, has one too many, or says something twice.
+        ValueError: If a fact lacks a part, has one too many, or says something twice.
     """
     facts: list[Fact] = []
     for path in sorted(directory.glob("*.yaml")):
@@ -94,8 +96,8 @@ def read_facts(directory: Path = FACTS_DIR) -> list[Fact]:
 def build_rows(facts: Sequence[Fact], seed: int = SEED) -> dict[str, list[Row]]:
     """Make the questions of every split.
 
-    What becomes of a fact depends on the seed and its id alone, so that a corrected fact changes its
-    own questions and no others.
+    What becomes of a fact depends on the seed and its id alone, so that a corrected fact changes
+    its own questions and no others.
 
     Args:
         facts: The facts; their order decides only which of them have a question in val.
@@ -127,7 +129,8 @@ def check_split_law(rows: Mapping[str, Sequence[Row]]) -> None:
     Two questions are compared regardless of letter case, spaces, and the order of the options.
 
     Raises:
-        DataError: If two splits share a wording, or a fact's set of options, or if val or test asks
+        ValueError: If two splits share a wording, or a fact's set of options, or if val or test
+        asks
             about a fact that train does not know.
     """
     stems = {split: {_key(row["question"]) for row in rows[split]} for split in SPLITS}
@@ -136,13 +139,13 @@ def check_split_law(rows: Mapping[str, Sequence[Row]]) -> None:
     for one, other in combinations(SPLITS, 2):
         for what, sets in (("wording", stems), ("set of options", options)):
             if shared := sets[one] & sets[other]:
-                raise DataError(
+                raise ValueError(
                     f"{one} and {other} share {len(shared)} {what}(s), such as "
                     f"{min(map(str, shared))}: run `python -m medqlora.assets.build_sample` again."
                 )
     for split in ("val", "test"):
         if unknown := answers[split] - answers["train"]:
-            raise DataError(
+            raise ValueError(
                 f"{split} asks about {min(unknown)}, which train has no question on: run "
                 "`python -m medqlora.assets.build_sample` again."
             )
@@ -173,16 +176,16 @@ def _read_fact(entry: Mapping[str, Any], path: Path) -> Fact:
         texts = {name: entry[name] for name in ("id", "fact", "answer", "explanation")}
         lists = {name: tuple(entry[name]) for name in ("stems", "distractors")}
     except KeyError as error:
-        raise DataError(f"{where} has no {error}: see medqlora/assets/README.md.") from error
+        raise ValueError(f"{where} has no {error}: see medqlora/assets/README.md.") from error
     for text in (*texts.values(), *lists["stems"], *lists["distractors"]):
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where} holds {text!r}, which is no text: put it in quotes.")
+            raise ValueError(f"{where} holds {text!r}, which is no text: put it in quotes.")
     for name, count in (("stems", NUM_STEMS), ("distractors", NUM_DISTRACTORS)):
         if len(lists[name]) != count:
-            raise DataError(f"{where} has {len(lists[name])} {name}: it must have {count}.")
+            raise ValueError(f"{where} has {len(lists[name])} {name}: it must have {count}.")
     options = [_key(text) for text in (texts["answer"], *lists["distractors"])]
     if len(set(options)) < len(options):
-        raise DataError(f"{where} repeats an option: give eight that differ.")
+        raise ValueError(f"{where} repeats an option: give eight that differ.")
     words = path.stem.split("_")
     name = " ".join(word if word in _SMALL_WORDS else word.capitalize() for word in words)
     return Fact(subject_name=_SUBJECTS.get(path.stem, name), **texts, **lists)
@@ -192,7 +195,7 @@ def _refuse_repeats(pairs: Iterable[tuple[str, str]]) -> None:
     seen: dict[str, str] = {}
     for key, where in pairs:
         if key in seen:
-            raise DataError(f"{where} repeats {key!r} of {seen[key]}: change one of the two.")
+            raise ValueError(f"{where} repeats {key!r} of {seen[key]}: change one of the two.")
         seen[key] = where
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -226,7 +226,7 @@ class MedMCQADataModule(LightningDataModule):
         self.num_options = len(questions[0].options)
         # Solved examples come from train alone, so they belong to neither val nor test.
         self.prompt = self.prompt.with_shots([questions[i] for i in members.get("train", ())])
-        self.letter_ids = letter_ids(self.tokenizer, self.prompt, self.num_options)
+        self.prepare_letters(self.num_options)
         used = {
             split: rows[sample_rows([questions[i] for i in rows], self.limits[split])]
             for split, rows in members.items()
@@ -543,17 +543,87 @@ class MedMCQADataModule(LightningDataModule):
             self._plans[split] = plan
         return plan
 
-    def _loader(self, split: str, num_done: Callable[[], int | None] | None = None) -> PackedLoader:
+    def loader(self, split: str) -> PackedLoader:
+        """Rows of any split for scoring: in the order of the data, each question once, no labels.
+
+        Raises:
+            ConfigError: If the split was left out.
+        """
         plan = self._plan(split)
-        budget = self._budget_of(split)
+        if split == "train":
+            budget = self.eval_token_budget
+            places = max_questions_of(self._mean_length, budget)
+            lengths = self._tokenized[split].lengths
+            plan = RowPlan(lengths, budget, places, shuffle=False, world_size=self._world()[1])
+        return self._loader(split, plan, self.eval_token_budget)
+
+    def prepare_letters(self, num_options: int = 4) -> None:
+        """Find the letters without reading any data: enough for `pack`.
+
+        Raises:
+            ModelError: If a letter is not one token.
+        """
+        self.num_options = num_options
+        self.letter_ids = letter_ids(self.tokenizer, self.prompt, num_options)
+
+    def pack(self, questions: Sequence[Question]) -> Iterator[PackedBatch]:
+        """Rows of questions that belong to no split, in the shapes of scoring.
+
+        Args:
+            questions: With `num_options` options each; labels are not needed.
+
+        Yields:
+            Packed rows; `index` counts in `questions`.
+
+        Raises:
+            DataError: If a question has another number of options.
+            ConfigError: If one does not fit into a row.
+        """
+        for question in questions:
+            if len(question.options) != self.num_options:
+                raise DataError(
+                    f"question {question.id!r} has {len(question.options)} options, and this run "
+                    f"answers with {self.num_options} letters: give as many."
+                )
+        if not questions:
+            return
+        encoder = TextEncoder(self.tokenizer)
+        tokenized = tokenize_questions(questions, self.prompt, encoder, limit=self.limit)
+        if tokenized.num_truncated:
+            log.warning(
+                "%d questions were longer than %d tokens and lost the beginning of their stem",
+                tokenized.num_truncated,
+                self.limit,
+            )
+        budget = self.eval_token_budget
+        places = max_questions_of(self._mean_length or float(tokenized.lengths.mean()), budget)
+        longest = max(self.max_length, 64 * -(-int(tokenized.lengths.max()) // 64))
+        for members in RowPlan(tokenized.lengths, budget, places, shuffle=False).rows(0):
+            yield build_row(
+                tokenized,
+                members,
+                token_budget=budget,
+                max_questions=places,
+                max_length=min(longest, budget),
+            )
+
+    def _loader(
+        self,
+        split: str,
+        plan: RowPlan,
+        token_budget: int,
+        *,
+        with_labels: bool = False,
+        num_done: Callable[[], int | None] | None = None,
+    ) -> PackedLoader:
         rank, world_size = self._world()
         build: Callable[[Any], PackedBatch] = partial(
             build_row,
             self._tokenized[split],
-            token_budget=budget,
-            max_questions=max_questions_of(self._mean_length, budget),
+            token_budget=token_budget,
+            max_questions=max_questions_of(self._mean_length, token_budget),
             max_length=self.max_length,
-            with_labels=split == "train" and self.targets == "explanation",
+            with_labels=with_labels,
         )
         pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
         return PackedLoader(
@@ -568,7 +638,13 @@ class MedMCQADataModule(LightningDataModule):
 
     def train_dataloader(self) -> PackedLoader:
         """Shuffled rows of train; goes on where a restored checkpoint stopped."""
-        self._train_loader = self._loader("train", self._rows_done)
+        self._train_loader = self._loader(
+            "train",
+            self._plan("train"),
+            self.token_budget,
+            with_labels=self.targets == "explanation",
+            num_done=self._rows_done,
+        )
         if self._state is not None:
             self._restore(self._train_loader, self._state)
             self._state = None
@@ -576,11 +652,11 @@ class MedMCQADataModule(LightningDataModule):
 
     def val_dataloader(self) -> PackedLoader | list[PackedLoader]:
         """Rows of val in the order of the data; no loader where val is left out."""
-        return self._loader("val") if "val" in self._tokenized else []
+        return self.loader("val") if "val" in self._tokenized else []
 
     def test_dataloader(self) -> PackedLoader | list[PackedLoader]:
         """Rows of test in the order of the data; no loader where test is left out."""
-        return self._loader("test") if "test" in self._tokenized else []
+        return self.loader("test") if "test" in self._tokenized else []
 
     # --- resuming ---------------------------------------------------------------------------------
 

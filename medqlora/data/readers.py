@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from huggingface_hub import HfApi
+
 from medqlora.errors import DataError
-from medqlora.hub import hub_error, resolve_path
+from medqlora.hub import hub_error, offline_unless_reachable, resolve_path
 
 FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 """File name endings that are read."""
@@ -100,10 +102,11 @@ def read_hub(name: str, revision: str | None, splits: Sequence[str]) -> dict[str
     import datasets
 
     what = f"data set {name}"
-    try:
-        loaded = datasets.load_dataset(name, revision=revision)
-    except Exception as error:
-        raise hub_error(error, what, DataError) from error
+    with offline_unless_reachable():
+        try:
+            loaded = datasets.load_dataset(name, revision=revision)
+        except Exception as error:
+            raise hub_error(_reason(name, revision) or error, what, DataError) from error
     missing = [split for split in splits if split not in loaded]
     if missing:
         raise DataError(
@@ -122,6 +125,15 @@ def read_hub(name: str, revision: str | None, splits: Sequence[str]) -> dict[str
         if not len(rows[split]):
             raise DataError(f"{name} [{split}] holds no rows: name another revision.")
     return rows
+
+
+def _reason(name: str, revision: str | None) -> Exception | None:
+    """The hub's own word on a data set, which `datasets` has dropped from what it raises."""
+    try:
+        HfApi().dataset_info(name, revision=revision)
+    except Exception as error:
+        return error
+    return None
 
 
 def _open_text(file: Path) -> TextIO:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub import errors as hub
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medqlora.data.prompts import Control, Prompt, PromptTemplate
 from medqlora.errors import ConfigError, DataError, ModelError
-from medqlora.hub import hub_error, resolve_path
+from medqlora.hub import hub_error, offline_unless_reachable, resolve_path
 from medqlora.schema import LETTERS, Question
 
 CHUNK = 8192
@@ -41,23 +42,21 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     name = resolve_path(path)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        name = str(folder)
         if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")):
             raise ModelError(
                 f"the folder {path} holds neither tokenizer.json nor tokenizer.model: copy the "
                 "tokenizer of the model into it."
             )
+        tokenizer = _from_pretrained(str(folder), None, path)
     elif path != name or name.startswith((".", "/", "~")):
         raise ModelError(
             f"there is no folder {path} to read a tokenizer from: check model.path, or give the "
             "name of a model on the hub."
         )
     else:
-        _ask_hub(name, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise hub_error(error, f"tokenizer of model {path}") from error
+        with offline_unless_reachable():
+            _ask_hub(name, revision)
+            tokenizer = _from_pretrained(name, revision, path)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {path} has no fast backend: add its tokenizer.json, or choose "
@@ -70,6 +69,13 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
                 "BOS: choose a model whose tokenizer_config.json names one, such as model=gemma_2b."
             )
     return tokenizer
+
+
+def _from_pretrained(name: str, revision: str | None, path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise hub_error(error, f"tokenizer of model {path}") from error
 
 
 def _ask_hub(name: str, revision: str | None) -> None:

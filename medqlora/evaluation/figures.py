@@ -17,10 +17,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
-from medqlora.evaluation.calibration import CoverageCurve, ReliabilityBins
+from medqlora.evaluation.calibration import (
+    CoverageCurve,
+    ReliabilityBins,
+    apply_temperature,
+    confidence_and_correct,
+    coverage_curve,
+    reliability_bins,
+)
+from medqlora.evaluation.metrics import score_arrays
 from medqlora.evaluation.statistics import wilson_interval
 from medqlora.evaluation.tables import SMALL
-from medqlora.schema import LETTERS
+from medqlora.schema import LETTERS, Prediction
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe-Ito colours in order of use."""
@@ -97,7 +105,8 @@ def reliability_figure(runs: Mapping[str, ReliabilityBins], title: str | None = 
     axes.set(xlim=(lower, 1.01), ylim=(lower, 1.01), aspect="equal")
     axes.set(xlabel="confidence (probability of the chosen letter)", ylabel="accuracy")
     _percent_axes(axes, "both")
-    axes.xaxis.set_major_locator(MultipleLocator(0.1))
+    # Labels of a full axis would touch at every tenth.
+    axes.xaxis.set_major_locator(MultipleLocator(0.1 if lower >= 0.4 else 0.2))
     axes.yaxis.set_major_locator(MultipleLocator(0.1))
     _legend_below(figure, axes)
     return figure
@@ -269,6 +278,50 @@ def subject_figure(
     _percent_axes(axes, "x")
     _legend_below(figure, axes)
     return figure
+
+
+def split_figures(
+    section: Mapping[str, Any],
+    predictions: Sequence[Prediction],
+    *,
+    temperature: float | None = None,
+    title: str | None = None,
+) -> dict[str, Figure]:
+    """The figures of one split.
+
+    Args:
+        section: `val` or `test` of metrics.json.
+        predictions: Its predictions.
+        temperature: Shown beside the scores as they are, where one was fitted.
+        title: What was measured; stands in front of each heading.
+
+    Returns:
+        `reliability`, `coverage`, `confusion` and `subjects`; none without labelled questions, for
+        each shows accuracy.
+    """
+    scores, answer = score_arrays(predictions)
+    scores, answer = scores[answer >= 0], answer[answer >= 0]
+    if not len(answer):
+        return {}
+    as_scored = confidence_and_correct(scores, answer)
+    bins = {"as scored": reliability_bins(*as_scored)}
+    if temperature is not None:
+        scaled = confidence_and_correct(apply_temperature(scores, temperature), answer)
+        bins[f"temperature {temperature:.2f}"] = reliability_bins(*scaled)
+
+    def heading(text: str) -> str:
+        return text if title is None else f"{title}: {text}"
+
+    return {
+        "reliability": reliability_figure(bins, heading("reliability")),
+        "coverage": coverage_figure(
+            {"most confident first": coverage_curve(*as_scored)},
+            section["majority_accuracy"],
+            heading("selective accuracy"),
+        ),
+        "confusion": confusion_figure(section["confusion"], heading("answers and predictions")),
+        "subjects": subject_figure(section, title=heading("accuracy by subject")),
+    }
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:

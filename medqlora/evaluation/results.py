@@ -54,6 +54,11 @@ EXCLUDED_KEYS = (
     "callbacks.*progress*",
     "callbacks.*throughput*",
     "callbacks.*memory*",
+    "callbacks.*report*",
+    "run",
+    "of_run",
+    "evaluate.base",
+    "evaluate.figures",
 )
 """Dotted keys (patterns; all below a key goes with it) that cannot change a result."""
 
@@ -159,7 +164,7 @@ def write_metrics(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     complete = _merge(empty_metrics(), _plain(metrics, "metrics"))
     text = json.dumps(complete, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path = Path(run_dir) / METRICS_FILE
-    _replace(path, lambda file: file.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
     return path
 
 
@@ -266,7 +271,7 @@ def write_predictions(run_dir: str | Path, predictions: Sequence[Prediction]) ->
         columns[f"score_{LETTERS[place].lower()}"] = pa.array(column, pa.float64())
     columns["correct"] = pa.array([p.correct for p in rows], pa.bool_())
     table = pa.table(columns)
-    _replace(path, lambda file: pq.write_table(table, file))
+    replace_file(path, lambda file: pq.write_table(table, file))
     return path
 
 
@@ -424,8 +429,13 @@ def _merge(base: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, make it durable, then put it in the file's place."""
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file, make it durable, then put it in the file's place.
+
+    Args:
+        path: The file; its folder is made if missing.
+        write: Writes the content to the path it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -143,7 +143,10 @@ def combine_permutations(
     by_option = np.empty_like(scores)
     for index, order in enumerate(orders):
         by_option[index][:, list(order)] = scores[index]
-    chosen = by_option.argmax(axis=-1)
+    # Of letters that tie the first shown is chosen, as in every prediction.
+    chosen = np.stack(
+        [np.asarray(order)[row.argmax(axis=-1)] for order, row in zip(orders, scores, strict=True)]
+    )
     mean = by_option.mean(axis=0, dtype=np.float64)
     debiased = mean - np.logaddexp.reduce(mean, axis=-1, keepdims=True)
 

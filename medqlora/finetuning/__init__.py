@@ -29,7 +29,9 @@ from medqlora.finetuning.checkpoints import (
     read_checkpoint,
 )
 from medqlora.finetuning.losses import ChoiceLoss, ExplanationLoss, Loss, TokenLoss
+from medqlora.finetuning.memory import fit_in_memory, is_out_of_memory
 from medqlora.finetuning.module import MCQAModule
+from medqlora.finetuning.report import ValidationReport
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -47,11 +49,14 @@ __all__ = [
     "RunInterrupted",
     "Throughput",
     "TokenLoss",
+    "ValidationReport",
     "attach_adapter",
     "check_identity",
     "count_trainable",
     "find_resumable",
     "fit",
+    "fit_in_memory",
+    "is_out_of_memory",
     "load_adapter",
     "load_trained_weights",
     "merge_adapter",

@@ -238,7 +238,7 @@ class NaNGuard(Callback):
         state = {n: t for n, t in checkpoint["state_dict"].items() if t.numel()}
         if not state:
             return
-        finite = torch.stack([t.isfinite().all() for t in state.values()]).tolist()
+        finite = torch.stack([t.isfinite().all().to(pl_module.device) for t in state.values()]).tolist()
         if not all(finite):
             name = list(state)[finite.index(False)]
             raise TrainingError(
@@ -360,6 +360,7 @@ class GracefulStop(Callback):
     """On Ctrl-C or SIGTERM saves `last.ckpt` after the update under way, then ends the run.
 
     A second signal ends it at once. Run through `fit`, which turns the end into `RunInterrupted`.
+    Belongs behind the callbacks that count (`Throughput`), whose state the checkpoint holds.
 
     Args:
         checkpoints: Writes the checkpoint.
@@ -385,26 +386,16 @@ class GracefulStop(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Stop between two updates."""
-        self._stop_if_asked(trainer)
+        """Stop between two updates.
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """A validation in mid-training is given up: the state before it is what gets resumed."""
-        if self.received is not None and trainer.state.fn == "fit":
-            raise _StopNow
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after a validation."""
-        if trainer.state.fn == "fit":
-            self._stop_if_asked(trainer)
+        A validation runs to its end and is followed by one more update: its result belongs to the
+        state that is saved.
+        """
+        if self.received is None or not between_updates(trainer):
+            return
+        if self.checkpoints is not None:
+            self.checkpoints.save_last(trainer)
+        raise _StopNow
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the handlers back."""
@@ -415,13 +406,6 @@ class GracefulStop(Callback):
     ) -> None:
         """Give the handlers back."""
         self._restore()
-
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        if self.received is None or not between_updates(trainer):
-            return
-        if self.checkpoints is not None:
-            self.checkpoints.save_last(trainer)
-        raise _StopNow
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is not None:

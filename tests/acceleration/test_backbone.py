@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from medqlora.acceleration import (
-    compile_backbone,
-    compile_mode,
+    Acceleration,
+    accelerate,
     find_backbone,
     hidden_states,
     last_hidden,
@@ -110,12 +110,33 @@ def test_the_backbone_is_found_inside_an_adapter(tiny_gemma):
     )
 
 
-def test_the_compile_mode_follows_device_and_row_length(tiny_gemma):
-    assert compile_mode("auto", "cpu", 2048) == "none"
-    assert compile_mode("auto", "cuda", 2048) == "cuda_graphs"
-    assert compile_mode("auto", "cuda", 16384) == "default"
-    assert compile_backbone(tiny_gemma, "auto", "cpu", 2048) == "none"
-    with pytest.raises(ConfigError, match="cuda_graphs has no effect on cpu"):
-        compile_backbone(tiny_gemma, "cuda_graphs", "cpu", 2048)
-    with pytest.raises(ConfigError, match="is not known"):
-        compile_mode("fast", "cpu", 2048)
+def test_the_compile_mode_follows_device_and_row_length():
+    assert Acceleration().compile_mode("cpu", 2048) == "none"
+    assert Acceleration().compile_mode("cuda", 2048) == "cuda_graphs"
+    assert Acceleration().compile_mode("cuda", 16384) == "default"
+    assert Acceleration(compile="default").compile_mode("cpu", 2048) == "default"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compile": "fast"},
+        {"fused": "yes"},
+        {"float8": True, "fused": "off"},
+    ],
+)
+def test_unknown_or_contradicting_options_are_refused(options):
+    with pytest.raises(ConfigError, match=r"acceleration\."):
+        Acceleration(**options)
+
+
+@pytest.mark.parametrize("options", [{"compile": "cuda_graphs"}, {"fused": "on"}, {"float8": True}])
+def test_options_for_cuda_are_refused_on_the_cpu(options, tiny_gemma):
+    with pytest.raises(ConfigError, match="no effect on cpu"):
+        accelerate(tiny_gemma, Acceleration(**options), "cpu", 2048)
+
+
+def test_on_the_cpu_a_model_runs_as_it_is(tiny_gemma):
+    assert "plain layers (the model is on cpu" in accelerate(
+        tiny_gemma, Acceleration(), "cpu", 2048
+    )

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from medqlora.config import CONFIG_DIR
 from medqlora.data import MedMCQADataModule, cache
-from medqlora.errors import CheckpointError, ConfigError
-from tests.data.data_tools import raw_row, write_jsonl
+from medqlora.errors import CheckpointError, ConfigError, DataError
+from tests.data.data_tools import question, raw_row, write_jsonl
 
 
 @pytest.mark.parametrize("option", sorted(f.stem for f in (CONFIG_DIR / "data").glob("*.yaml")))
@@ -40,8 +40,8 @@ def test_every_question_is_scored_once_with_its_own_answer(make_data):
             seen[row.index[place].item()] = row.answer[place].item()
             start, last = row.cu_seqlens[place], row.last[place]
             text = data.tokenizer.decode(row.input_ids[start : last + 1])
-            question = data.questions["val"][row.index[place]]
-            assert text == "<bos>" + data.prompt.render(question)[0]
+            asked = data.questions["val"][row.index[place]]
+            assert text == "<bos>" + data.prompt.render(asked)[0]
     assert seen == {i: q.answer for i, q in enumerate(data.questions["val"])}
 
 
@@ -129,6 +129,38 @@ def test_worker_processes_yield_the_same_rows(make_data):
     for left, right in zip(plain.train_dataloader(), spread.train_dataloader(), strict=True):
         assert torch.equal(left.input_ids, right.input_ids)
         assert torch.equal(left.index, right.index)
+
+
+def test_questions_of_no_split_are_packed_like_those_of_one(make_data):
+    data = make_data(num_val=50)
+    data.setup()
+    bare = make_data()
+    bare.prepare_letters(4)
+    assert bare.letter_ids == data.letter_ids
+    questions = data.questions["val"]
+    for packer in (data, bare):
+        members = []
+        for row in packer.pack(questions):
+            assert row.input_ids.shape == (256,)
+            for place in range(row.num_questions):
+                members.append(row.index[place].item())
+                start, last = row.cu_seqlens[place], row.last[place]
+                text = data.tokenizer.decode(row.input_ids[start : last + 1])
+                assert text == "<bos>" + data.prompt.render(questions[members[-1]])[0]
+        assert sorted(members) == list(range(50))
+    assert list(bare.pack([])) == []
+    with pytest.raises(DataError, match="has 5 options"):
+        list(bare.pack([question(options=tuple("vwxyz"))]))
+
+
+def test_train_can_be_scored_without_shuffle_or_labels(make_data):
+    data = make_data(targets="explanation", eval_token_budget=512)
+    data.setup()
+    rows = list(data.loader("train"))
+    assert all(row.labels is None and row.input_ids.shape == (512,) for row in rows)
+    index = [i for row in rows for i in row.index[: row.num_questions].tolist()]
+    assert sorted(index) == list(range(120))
+    assert index[0] == 0
 
 
 # --- resuming -------------------------------------------------------------------------------------

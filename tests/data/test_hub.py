@@ -9,15 +9,18 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import httpx
 import pandas as pd
 import pytest
+from huggingface_hub import constants
 from huggingface_hub import errors as hub
 
 from medqlora import config
+from medqlora.data import load_tokenizer, read_hub
 from medqlora.errors import DataError, ModelError
-from medqlora.hub import hub_error, resolve_path
+from medqlora.hub import hub_error, hub_is_reachable, resolve_path
 from tests.data.data_tools import raw_row
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -80,7 +83,7 @@ def test_every_refusal_is_one_line_that_says_what_to_do(error, words):
 class LoopbackHub(BaseHTTPRequestHandler):
     """A hub with one data set, and names that are refused in every way."""
 
-    files: dict[str, bytes] = {}
+    files: ClassVar[dict[str, bytes]] = {}
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -191,8 +194,20 @@ def test_loopback_hub_is_read_and_its_refusals_are_translated(tmp_path):
         assert word in model
         assert word in data
         assert "\n" not in model + data
-    [model, data] = ask(tmp_path / "none", endpoint, ["some/model"])["some/model"]
-    assert model.startswith("ModelError: model some/model")
-    assert data.startswith("DataError: data set some/model")
-    assert "cannot be reached" in model
-    assert "cannot be reached" in data
+
+
+def test_hub_that_does_not_answer_is_given_up_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert not hub_is_reachable()
+    for load, told in (
+        (load_tokenizer, "model some/model is not on this machine and the hub cannot be reached"),
+        (read_questions_of, "data set some/model is not on this machine"),
+    ):
+        with pytest.raises((ModelError, DataError), match=told):
+            load("some/model")
+    assert not constants.HF_HUB_OFFLINE
+
+
+def read_questions_of(name: str):
+    return read_hub(name, None, ["train"])

@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PrefixTuningCo
 from safetensors.torch import load_file, save_file
 
 from medqlora.acceleration import last_hidden
+from medqlora.config import CONFIG_DIR
 from medqlora.errors import CheckpointError, ConfigError
 from medqlora.finetuning import (
     attach_adapter,
@@ -82,6 +83,20 @@ def test_each_method_trains_two_steps_and_comes_back_and_merges(
         folded = last_hidden(merged, rows[0])
     # LLM.int8 rounds activations too, which a merged model does not.
     torch.testing.assert_close(folded, trained, rtol=0, atol=0.1 if quant == "int8" else 1e-3)
+
+
+def test_every_option_of_the_group_is_tried_here():
+    tried = {name for _, name in CASES} | {"none", "prompt_tuning"}
+    assert {path.stem for path in (CONFIG_DIR / "peft").glob("*.yaml")} == tried
+
+
+def test_no_adapter_leaves_the_base_alone_and_nothing_to_save(base, tmp_path):
+    model = base("nf4")
+    assert attach_adapter(model, option("peft", "none")) is model
+    assert count_trainable(model) == 0
+    with pytest.raises(ConfigError, match="peft=none trained nothing"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
 
 
 def test_fresh_adapter_leaves_the_base_model_unchanged(base, rows):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from medqlora.config import CONFIG_DIR
 from medqlora.errors import ConfigError
 from medqlora.finetuning import attach_adapter
 from medqlora.finetuning.optimizers import muon, parameter_groups
@@ -95,3 +96,7 @@ def test_muon_refuses_vectors_by_name():
     vector = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ConfigError, match=r"optimizer=muon updates matrices.*norm\.weight"):
         muon([("norm.weight", vector)], lr=0.1)
+
+
+def test_every_option_of_the_group_is_tried_here():
+    assert {path.stem for path in (CONFIG_DIR / "optimizer").glob("*.yaml")} == set(NAMES)

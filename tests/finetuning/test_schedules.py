@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from medqlora.config import CONFIG_DIR
 from medqlora.errors import ConfigError
 from medqlora.finetuning.schedules import num_warmup_steps, wsd
 from tests.finetuning.conftest import option
@@ -76,3 +77,7 @@ def test_warmup_and_decay_have_to_fit_the_run():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     with pytest.raises(ConfigError, match="take 110 of the run's 100 updates"):
         wsd(optimizer, num_training_steps=100, warmup=0.5, decay=0.6)
+
+
+def test_every_option_of_the_group_is_tried_here():
+    assert {path.stem for path in (CONFIG_DIR / "scheduler").glob("*.yaml")} == set(NAMES)

@@ -1,0 +1,919 @@
+"""One self-contained page of a sweep: works from a file, without network, in light, dark and print.
+
+Drawn as inline SVG; a short script (`page/report.js`) sorts, filters and shows tooltips. Everything
+that comes from a run folder is escaped, and the page's own policy forbids it to load anything.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from medqlora.evaluation.ablation import Ablation, Effect, Entry, Setting, pareto_front
+from medqlora.evaluation.statistics import Comparison
+from medqlora.evaluation.sweep_figures import (
+    KINDS,
+    UNKNOWING,
+    Value,
+    curves,
+    milliseconds,
+    num_trainable,
+    subject_table,
+    weight_gb,
+)
+from medqlora.evaluation.tables import SMALL, UNKNOWN
+
+_PAGE = Path(__file__).parent / "page"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published result to put beside the runs.
+
+    Attributes:
+        title: What it is.
+        source: Where the numbers come from, and that they were not measured here.
+        rows: Quantity, published value, and which of ours stands beside it (`ours`), as texts.
+        notes: What the numbers mean.
+    """
+
+    title: str
+    source: str
+    rows: Sequence[Mapping[str, str]] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass
+class _Page:
+    """What every part of the page needs."""
+
+    ablation: Ablation
+    folder: Path
+    index: dict[str, int] = field(default_factory=dict)
+
+    def href(self, entry: Entry) -> str:
+        """Relative link to a run folder, which holds where the page and the runs move together."""
+        relative = os.path.relpath(entry.run.run_dir.resolve(), self.folder.resolve())
+        return quote(Path(relative).as_posix()) + "/"
+
+    def number(self, setting: str) -> int:
+        """A number for each setting, which ties its points to its rows."""
+        return self.index.setdefault(setting, len(self.index))
+
+
+def report_page(
+    ablation: Ablation,
+    folder: str | Path,
+    *,
+    title: str,
+    command: str,
+    published: Published | None = None,
+) -> str:
+    """The page.
+
+    Args:
+        ablation: What `analyse` returned.
+        folder: Where the page will lie; links to run folders are relative to it.
+        title: Heading, such as the name of the sweep.
+        command: The command that makes the report again.
+        published: A published result to compare with.
+
+    Returns:
+        HTML.
+    """
+    page = _Page(ablation, Path(folder))
+    sections = [
+        ("runs", "Runs", _runs(page)),
+        ("costs", "Accuracy and cost", _costs(page)),
+        ("settings", "Settings and paired differences", _settings(page)),
+        ("effects", "Main effects", _effects(page)),
+        ("curves", "Learning curves", _learning(page)),
+        ("subjects", "Subjects", _subjects(page)),
+        ("published", published.title if published else "", _published(published)),
+        ("notes", "How to read this", _notes(page, command)),
+    ]
+    sections = [section for section in sections if section[2]]
+    links = "".join(f'<a href="#{key}">{escape(head)}</a>' for key, head, _ in sections)
+    body = "".join(
+        f'<section id="{key}"><h2>{escape(head)}</h2>{text}</section>'
+        for key, head, text in sections
+    )
+    style = (_PAGE / "report.css").read_text(encoding="utf-8")
+    script = (_PAGE / "report.js").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<header><h1>{escape(title)}</h1>{_summary(page)}<nav>{links}</nav></header>\n"
+        f'<main>{_cards(page)}{body}</main>\n<div id="tip" role="tooltip" hidden></div>\n'
+        f"<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+
+
+# --- header ---------------------------------------------------------------------------------------
+
+
+def _summary(page: _Page) -> str:
+    entries = page.ablation.entries
+    completed = sum(e.run.status == "completed" for e in entries)
+    rest = len(entries) - completed
+    names = dict.fromkeys(
+        f"{e.run.metrics['data']['name']}" for e in entries if e.run.metrics["data"]["name"]
+    )
+    devices = dict.fromkeys(
+        str(e.run.metrics["hardware"]["device"])
+        for e in entries
+        if e.run.metrics["hardware"]["device"]
+    )
+    words = [
+        f"{completed} completed run{'s'[: completed != 1]}",
+        f"{rest} not completed" if rest else "",
+        f"{page.ablation.split} split of {', '.join(names)}" if names else "",
+        f"measured on {', '.join(devices)}" if devices else "",
+    ]
+    return f'<p class="soft">{escape("; ".join(word for word in words if word))}.</p>'
+
+
+def _cards(page: _Page) -> str:
+    settings = page.ablation.settings
+    if not settings:
+        return (
+            f"<p>No run has scored labelled questions of the {escape(page.ablation.split)} "
+            "split yet.</p>"
+        )
+    best = max(settings, key=lambda s: s.accuracy)
+    cards = [("most accurate setting", best)]
+    reference = next((s for s in settings if s.name == page.ablation.baseline), None)
+    if reference is not None and reference is not best:
+        cards.append(("compared with", reference))
+    sized = [(gb, s) for s in settings if (gb := s.mean(weight_gb)) is not None]
+    html = "".join(
+        f'<div class="card"><span>{escape(head)}</span><b>{_setting_link(page, s)}</b>'
+        f"<span>{escape(_interval_text(s))}, n={s.n}</span><span>{escape(s.name)}</span></div>"
+        for head, s in cards
+    )
+    html += (
+        '<div class="card"><span>always the most frequent letter</span>'
+        f"<b>{100 * best.majority_accuracy:.1f} %</b><span>the accuracy that takes no knowledge, "
+        f"n={best.n}</span></div>"
+    )
+    if sized:
+        gb, smallest = min(sized, key=lambda pair: pair[0])
+        html += (
+            f'<div class="card"><span>smallest weights</span><b>{_linked(page, smallest, _gb(gb))}'
+            f"</b><span>{escape(smallest.name)}</span></div>"
+        )
+    return f'<div class="cards">{html}</div>'
+
+
+def _setting_link(page: _Page, setting: Setting) -> str:
+    return _linked(page, setting, f"{100 * setting.accuracy:.1f} %")
+
+
+def _linked(page: _Page, setting: Setting, text: str) -> str:
+    entry = setting.entries[0]
+    return (
+        f'<a href="{escape(page.href(entry))}" data-tip="{escape(_setting_tip(setting))}" '
+        f'data-setting="{page.number(entry.setting)}">{escape(text)}</a>'
+    )
+
+
+def _interval_text(setting: Setting) -> str:
+    low, high = setting.interval
+    return f"95 % interval [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _setting_tip(setting: Setting, *more: str) -> str:
+    seeds = ", ".join(str(e.run.metrics["seed"]) for e in setting.entries)
+    plural = "s"[: len(setting.entries) != 1]
+    lines = [
+        setting.name,
+        f"accuracy {100 * setting.accuracy:.1f} %, {_interval_text(setting)}",
+        f"majority {100 * setting.majority_accuracy:.1f} %, n={setting.n}, seed{plural} {seeds}",
+        *more,
+        *(e.run.metrics["command"] or "" for e in setting.entries[:1]),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+# --- the table of runs ----------------------------------------------------------------------------
+
+
+def _runs(page: _Page) -> str:
+    factors = list(
+        dict.fromkeys(name for levels in page.ablation.factors.values() for name in levels)
+    )
+    split = page.ablation.split
+    heads: list[tuple[str, str]] = [
+        ("run", "text"),
+        *((factor, "text") for factor in factors),
+        ("seed", ""),
+        ("accuracy", "descending"),
+        ("95 % interval", ""),
+        ("majority", "descending"),
+        ("n", "descending"),
+        ("loss, nats", ""),
+        ("GB", ""),
+        ("trainable", ""),
+        ("ms a question", ""),
+        ("trained, questions/s", "descending"),
+        ("peak GB", ""),
+        ("seconds", ""),
+    ]
+    head = "".join(
+        f'<th scope="col"{_class(kind)} data-first="{kind or "ascending"}">'
+        f'<button type="button">{escape(name)}</button></th>'
+        for name, kind in heads
+    )
+    width = len(heads) + 1
+    body = "".join(_run_row(page, e, factors, split, width) for e in page.ablation.entries)
+    kinds = dict.fromkeys(e.kind for e in page.ablation.entries)
+    states = dict.fromkeys(str(e.run.status) for e in page.ablation.entries)
+    return (
+        '<div class="tools">'
+        '<input id="search" type="search" placeholder="filter: words of a run, such as nf4 seed=1" '
+        'aria-label="filter runs">'
+        f"{_select('kind', 'every kind', kinds)}{_select('status', 'every ending', states)}"
+        '<button id="reset" type="button">all</button><output id="count"></output></div>'
+        '<div class="scroll"><table id="table"><caption hidden>Every run</caption>'
+        f'<thead><tr>{head}<th class="text">command</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+        '<p class="soft">A heading sorts; every number leads to its run folder. Intervals of '
+        "single runs are 95 % Wilson; majority: always giving the most frequent letter. "
+        f"{_legend_kinds(kinds)}</p>"
+    )
+
+
+def _class(kind: str) -> str:
+    return ' class="text"' if kind == "text" else ""
+
+
+def _select(name: str, everything: str, values: Mapping[str, None]) -> str:
+    if len(values) < 2:
+        return ""
+    options = "".join(f'<option value="{escape(v)}">{escape(v)}</option>' for v in values)
+    return (
+        f'<select name="{name}" aria-label="{name}"><option value="">{everything}</option>'
+        f"{options}</select>"
+    )
+
+
+def _legend_kinds(kinds: Mapping[str, None]) -> str:
+    words = {"trained": "● trained", "base": "□ bare base", "evaluated": "▲ adapter scored later"}
+    return escape(", ".join(words[kind] for kind in kinds)) + "."
+
+
+def _run_row(page: _Page, entry: Entry, factors: Sequence[str], split: str, width: int) -> str:
+    run, href = entry.run, escape(page.href(entry))
+    metrics, section = run.metrics, run.metrics[split]
+    command = metrics["command"] or "no command is known"
+    tip = escape(f"{entry.label}\n{run.run_dir}\n{command}")
+
+    def cell(value: float | None, text: str, kind: str = "") -> str:
+        if value is None:
+            return f'<td{kind} data-v="">{UNKNOWN}</td>'
+        return f'<td{kind} data-v="{value!r}"><a href="{href}" data-tip="{tip}">{text}</a></td>'
+
+    accuracy = section["accuracy"]
+    interval = (
+        f"[{100 * section['ci_low']:.1f}, {100 * section['ci_high']:.1f}]"
+        if accuracy is not None
+        else ""
+    )
+    levels = "".join(
+        f'<td class="text" data-v="{escape(entry.levels.get(f, ""))}">'
+        f"{escape(entry.levels.get(f, UNKNOWN))}</td>"
+        for f in factors
+    )
+    name = _name(page, entry)
+    failed = run.status != "completed"
+    words = f"{entry.label} {name} seed={metrics['seed']} {run.status} {entry.kind} {command}"
+    gb, speed = metrics["model"]["weight_gb"], metrics["train"]["questions_per_second"]
+    ms, peak = milliseconds(split)(run), metrics["train"]["peak_memory_gb"]
+    numbers = (
+        cell(accuracy, f"{_scaled(accuracy)} %")
+        + cell(section["ci_low"] if accuracy is not None else None, interval)
+        + cell(section["majority_accuracy"], f"{_scaled(section['majority_accuracy'])} %")
+        + cell(section["n"], f"{section['n']}")
+        + cell(section["loss"], _decimals(section["loss"], 3))
+        + cell(gb, _gb(gb).removesuffix(" GB"))
+        + cell(metrics["model"]["num_trainable"], _count(metrics["model"]["num_trainable"]))
+        + cell(ms, _decimals(ms, 2))
+        + cell(speed, _decimals(speed, 1))
+        + cell(peak, _decimals(peak, 2))
+        + cell(metrics["wall_seconds"], _decimals(metrics["wall_seconds"], 1))
+    )
+    state = "failed" if failed else entry.kind
+    problem = f"{run.status}: {run.error}" if failed else ""
+    detail = (
+        f'<tr class="detail" hidden><td colspan="{width}">'
+        + (f"<p>{escape(problem)}</p>" if problem else "")
+        + f"<pre>{escape(command)}</pre><p>The same, resolved: <code>python -m medqlora."
+        f"{escape(_verb(command))} --config-path {escape(str(run.run_dir.resolve()))} "
+        f'--config-name config</code></p><p>Run folder: <a href="{href}">'
+        f"{escape(str(run.run_dir))}</a>; config hash <code>"
+        f"{escape(str(metrics['config_hash'])[:16])}</code></p></td></tr>"
+    )
+    title = f'<a href="{href}" data-tip="{tip}">{escape(name)}</a>'
+    if failed:
+        # Why it has no numbers stands where they would be.
+        numbers = numbers.replace(
+            f'<td data-v="">{UNKNOWN}</td>',
+            f'<td data-v="" data-tip="{escape(problem)}">{escape(str(run.status))}</td>',
+            1,
+        )
+    return (
+        f'<tr class="run {state}" data-setting="{page.number(entry.setting)}" '
+        f'data-kind="{entry.kind}" data-status="{escape(str(run.status))}" '
+        f'data-text="{escape(words.lower())}">'
+        f'<td class="text" data-v="{escape(name)}">{title}</td>{levels}'
+        f"{cell(metrics['seed'], escape(str(metrics['seed'])))}{numbers}"
+        '<td class="text"><button class="command" type="button" aria-expanded="false">show'
+        f"</button></td></tr>{detail}"
+    )
+
+
+def _verb(command: str) -> str:
+    words = command.split("medqlora.")
+    return words[1].split()[0] if len(words) > 1 and words[1].split() else "train"
+
+
+def _name(page: _Page, entry: Entry) -> str:
+    parts = [e.run.run_dir.resolve() for e in page.ablation.entries]
+    common = Path(os.path.commonpath(parts)) if len(parts) > 1 else parts[0].parent
+    name = entry.run.run_dir.resolve().relative_to(common).as_posix()
+    return entry.run.name if name == "." else name
+
+
+# --- scatter plots --------------------------------------------------------------------------------
+
+
+def _costs(page: _Page) -> str:
+    settings = page.ablation.settings
+    split = page.ablation.split
+    kinds: list[tuple[str, Value]] = [
+        ("weights, GB", weight_gb),
+        ("scoring, ms a question", milliseconds(split)),
+        ("trainable parameters", num_trainable),
+    ]
+    figures = [
+        _scatter(page, settings, value, label)
+        for label, value in kinds
+        if any(s.mean(value) is not None for s in settings)
+    ]
+    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
+
+
+class _Axes:
+    """A plot area and how numbers become places in it."""
+
+    def __init__(
+        self,
+        width: float,
+        height: float,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        *,
+        left: float = 46,
+        bottom: float = 36,
+        right: float = 12,
+        top: float = 10,
+        log: bool = False,
+    ) -> None:
+        self.width, self.height = width, height
+        self.left, self.right, self.top, self.bottom = left, width - right, top, height - bottom
+        self.log = log
+        self.x0, self.x1 = (math.log10(v) for v in x) if log else x
+        self.y0, self.y1 = y
+        self.parts: list[str] = []
+
+    def px(self, x: float) -> float:
+        x = math.log10(x) if self.log else x
+        share = (x - self.x0) / ((self.x1 - self.x0) or 1)
+        return round(self.left + share * (self.right - self.left), 1)
+
+    def py(self, y: float) -> float:
+        share = (y - self.y0) / ((self.y1 - self.y0) or 1)
+        return round(self.bottom - share * (self.bottom - self.top), 1)
+
+    def line(self, kind: str, x0: float, y0: float, x1: float, y1: float) -> None:
+        self.parts.append(f'<line class="{kind}" x1="{x0}" y1="{y0}" x2="{x1}" y2="{y1}"/>')
+
+    def text(self, x: float, y: float, text: str, anchor: str = "middle", kind: str = "") -> None:
+        self.parts.append(
+            f'<text x="{x}" y="{y}" text-anchor="{anchor}"'
+            + (f' class="{kind}"' if kind else "")
+            + f">{escape(text)}</text>"
+        )
+
+    def frame(self, xlabel: str, *, percent: bool = True, x_ticks: bool = True) -> None:
+        for tick in _ticks(self.y0, self.y1):
+            y = self.py(tick)
+            self.line("grid", self.left, y, self.right, y)
+            self.text(self.left - 6, y + 4, _tick(100 * tick if percent else tick), "end", "soft")
+        if x_ticks:
+            for tick in _log_ticks(self.x0, self.x1) if self.log else _ticks(self.x0, self.x1):
+                x = self.px(tick)
+                self.line("grid", x, self.top, x, self.bottom)
+                self.text(x, self.bottom + 15, _count(tick), kind="soft")
+        self.line("axis", self.left, self.bottom, self.right, self.bottom)
+        middle = (self.left + self.right) / 2
+        self.text(middle, self.height - 4, xlabel)
+
+    def svg(self, label: str) -> str:
+        return (
+            f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="group" '
+            f'style="max-width: {1.25 * self.width:g}px" '
+            f'aria-label="{escape(label)}">{"".join(self.parts)}</svg>'
+        )
+
+
+def _scatter(page: _Page, settings: Sequence[Setting], value: Value, xlabel: str) -> str:
+    points = [(cost, s) for s in settings if (cost := s.mean(value)) is not None]
+    costs = [cost for cost, _ in points]
+    majority = points[0][1].majority_accuracy
+    positive = [cost for cost in costs if cost > 0]
+    log = len(positive) == len(costs) and max(costs) / min(costs) > 20
+    low = min(majority, *(s.interval.low for _, s in points))
+    high = max(majority, *(s.interval.high for _, s in points))
+    axes = _Axes(380, 280, _padded(costs, log), _padded((low, high), False), log=log)
+    axes.frame(xlabel)
+    y = axes.py(majority)
+    axes.line("majority", axes.left, y, axes.right, y)
+    front = pareto_front(costs, [s.accuracy for _, s in points])
+    steps = ""
+    for i, place in enumerate(front):
+        x, y = axes.px(costs[place]), axes.py(points[place][1].accuracy)
+        steps += f"M{x},{y}" if i == 0 else f"H{x}V{y}"
+    if front:
+        axes.parts.append(f'<path class="front" d="{steps}H{axes.right}"/>')
+    on_front = set(front)
+    for place, (cost, setting) in enumerate(points):
+        more = f"{xlabel}: {_count(cost)}" + ("; on the Pareto front" if place in on_front else "")
+        axes.parts.append(_point(page, axes, setting, axes.px(cost), setting.accuracy, more))
+    if len(points) <= 8:
+        for cost, setting in points:
+            x, y = axes.px(cost), axes.py(setting.accuracy)
+            near = x > axes.left + 0.62 * (axes.right - axes.left)
+            axes.text(x - 8 if near else x + 8, y - 6, setting.name, "end" if near else "start")
+    return (
+        f"<figure><h3>Accuracy (%) against {escape(xlabel)}</h3>{axes.svg(xlabel)}"
+        f"<figcaption>Bars: 95 % interval. Line: majority letter {100 * majority:.1f} %. Dashed: "
+        f"Pareto front. n={points[0][1].n}.</figcaption></figure>"
+    )
+
+
+def _point(page: _Page, axes: _Axes, setting: Setting, x: float, accuracy: float, more: str) -> str:
+    k = KINDS[setting.kind]
+    y, low, high = axes.py(accuracy), axes.py(setting.interval.low), axes.py(setting.interval.high)
+    entry = setting.entries[0]
+    shape = {
+        0: f'<circle class="mark k0 f0" cx="{x}" cy="{y}" r="4.5"/>',
+        1: f'<path class="mark k1 hollow" d="M{x - 4.2:.1f},{y - 4.2:.1f}h8.4v8.4h-8.4z"/>',
+        2: f'<path class="mark k2 f2" d="M{x},{y - 5:.1f}l5,9h-10z"/>',
+    }[k]
+    return (
+        f'<g class="point" data-setting="{page.number(entry.setting)}" '
+        f'data-tip="{escape(_setting_tip(setting, more))}"><a href="{escape(page.href(entry))}">'
+        f'<line class="bar k{k}" x1="{x}" y1="{low}" x2="{x}" y2="{high}"/>{shape}'
+        f'<circle class="hit" cx="{x}" cy="{y}" r="10"/></a></g>'
+    )
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def _settings(page: _Page) -> str:
+    ablation = page.ablation
+    if not ablation.settings:
+        return ""
+    by_name = {c.name_b: c for c in ablation.comparisons}
+    # Heading, and which way a first click sorts.
+    heads = [("setting", ""), ("accuracy", "descending"), ("95 % interval", "")]
+    if by_name:
+        heads += [("difference", "descending"), ("its 95 % interval", ""), ("p", "")]
+        heads += [("p (Holm)", "")]
+    heads += [("majority", "descending"), ("n", "descending"), ("seeds", "descending")]
+    heads += [("GB", ""), ("trainable", ""), ("ms a question", "")]
+    head = "".join(
+        f'<th scope="col"{_class("text" if name == "setting" else "")} '
+        f'data-first="{first or "ascending"}"><button type="button">{escape(name)}</button></th>'
+        for name, first in heads
+    )
+    values: list[tuple[Value, Any]] = [
+        (weight_gb, lambda v: _gb(v).removesuffix(" GB")),
+        (num_trainable, _count),
+        (milliseconds(ablation.split), lambda v: _decimals(v, 2)),
+    ]
+    rows = ""
+    for setting in ablation.settings:
+        entry = setting.entries[0]
+        low, high = setting.interval
+        runs = " ".join(
+            f'<a href="{escape(page.href(e))}" data-tip="{escape(e.run.metrics["command"] or "")}">'
+            f"{escape(_seed(e).removeprefix('seed '))}</a>"
+            for e in setting.entries
+        )
+
+        def link(text: str, setting: Setting = setting) -> str:
+            return _linked(page, setting, text)
+
+        cells = [
+            f'<td class="text" data-v="{escape(setting.name)}">{escape(setting.name)}</td>',
+            f'<td data-v="{setting.accuracy!r}">{link(f"{100 * setting.accuracy:.1f} %")}</td>',
+            f'<td data-v="{low!r}">{link(f"[{100 * low:.1f}, {100 * high:.1f}]")}</td>',
+        ]
+        if by_name:
+            cells += _comparison_cells(by_name.get(setting.name), link)
+        majority = setting.majority_accuracy
+        cells += [
+            f'<td data-v="{majority!r}">{link(f"{100 * majority:.1f} %")}</td>',
+            f'<td data-v="{setting.n}">{link(str(setting.n))}</td>',
+            f'<td data-v="{len(setting.entries)}">{runs}</td>',
+        ]
+        for value, text in values:
+            mean = setting.mean(value)
+            cells.append(
+                '<td data-v="">-</td>'
+                if mean is None
+                else f'<td data-v="{mean!r}">{link(text(mean))}</td>'
+            )
+        rows += (
+            f'<tr class="{setting.kind}" data-setting="{page.number(entry.setting)}">'
+            f"{''.join(cells)}</tr>"
+        )
+    methods = "; ".join(dict.fromkeys(c.method for c in ablation.comparisons))
+    caption = (
+        "Seeds of one setting are averaged; their interval counts seeds and questions as random. "
+        + (
+            f"Differences to {ablation.baseline} in percentage points, paired by question "
+            f"({methods}), p-values corrected for {len(by_name)} "
+            f"comparison{'s'[: len(by_name) != 1]} by Holm's method."
+            if by_name
+            else ""
+        )
+    )
+    return (
+        f'<div class="scroll"><table id="settings-table"><thead><tr>{head}</tr></thead><tbody>'
+        f'{rows}</tbody></table></div><p class="soft">{escape(caption)}</p>{_forest(page)}'
+    )
+
+
+def _seed(entry: Entry) -> str:
+    seed = entry.run.metrics["seed"]
+    return "run" if seed is None else f"seed {seed}"
+
+
+def _comparison_cells(comparison: Comparison | None, link: Any) -> list[str]:
+    if comparison is None:
+        return ['<td data-v="">-</td>'] * 4
+    c = comparison
+    p_holm = c.p_value if c.p_holm is None else c.p_holm
+    sure = ' class="sure"' if p_holm < 0.05 else ""
+    interval = f"[{100 * c.ci_low:+.1f}, {100 * c.ci_high:+.1f}]"
+    return [
+        f'<td{sure} data-v="{c.difference!r}">{link(f"{100 * c.difference:+.1f}")}</td>',
+        f'<td data-v="{c.ci_low!r}">{link(interval)}</td>',
+        f'<td data-v="{c.p_value!r}">{link(_p(c.p_value))}</td>',
+        f'<td{sure} data-v="{p_holm!r}">{link(_p(p_holm))}</td>',
+    ]
+
+
+def _forest(page: _Page) -> str:
+    comparisons = sorted(page.ablation.comparisons, key=lambda c: -c.difference)
+    if not comparisons:
+        return ""
+    settings = {s.name: s for s in page.ablation.settings}
+    low = 100 * min(0.0, *(c.ci_low for c in comparisons))
+    high = 100 * max(0.0, *(c.ci_high for c in comparisons))
+    longest = max(len(c.name_b) for c in comparisons)
+    left = min(300, 24 + 6.2 * longest)
+    axes = _Axes(
+        860,
+        56 + 22 * len(comparisons),
+        _padded((low, high), False),
+        (0, 1),
+        left=left,
+        right=126,
+    )
+    for tick in _ticks(axes.x0, axes.x1):
+        axes.line("grid", axes.px(tick), axes.top, axes.px(tick), axes.bottom)
+        axes.text(axes.px(tick), axes.bottom + 15, f"{tick:+g}" if tick else "0", kind="soft")
+    axes.line("majority", axes.px(0), axes.top, axes.px(0), axes.bottom)
+    axes.text((axes.left + axes.right) / 2, axes.height - 4, "percentage points, 95 % interval")
+    for place, c in enumerate(comparisons):
+        y = axes.top + 11 + 22 * place
+        p = c.p_value if c.p_holm is None else c.p_holm
+        sure = p < 0.05
+        setting = settings[c.name_b]
+        entry = setting.entries[0]
+        x, x0, x1 = (axes.px(100 * v) for v in (c.difference, c.ci_low, c.ci_high))
+        more = (
+            f"difference {100 * c.difference:+.1f} points [{100 * c.ci_low:+.1f}, "
+            f"{100 * c.ci_high:+.1f}], p {_p(c.p_value)}, Holm {_p(p)}"
+        )
+        kind = "k0" if sure else "unsure"
+        name = c.name_b if len(c.name_b) <= 45 else c.name_b[:44] + "…"
+        axes.text(axes.left - 8, y + 4, name, "end")
+        axes.parts.append(
+            f'<g class="point" data-setting="{page.number(entry.setting)}" data-tip="'
+            f'{escape(_setting_tip(setting, more))}"><a href="{escape(page.href(entry))}">'
+            f'<line class="bar {kind}" x1="{x0}" y1="{y}" x2="{x1}" y2="{y}"/>'
+            f'<circle class="mark {kind} {"f0" if sure else "hollow"}" cx="{x}" cy="{y}" r="4.5"/>'
+            f'<rect class="hit" x="{min(x0, x - 8)}" y="{y - 9}" '
+            f'width="{max(x1, x + 8) - min(x0, x - 8):.1f}" height="18"/></a></g>'
+        )
+        sign = "" if _p(p).startswith("<") else "= "
+        axes.text(axes.right + 10, y + 4, f"{100 * c.difference:+.1f}   p {sign}{_p(p)}", "start")
+    first = comparisons[0]
+    return (
+        '<div class="plots"><figure class="wide"><h3>Difference to '
+        f"{escape(first.name_a)} ({100 * first.accuracy_a:.1f} %, n={first.n})</h3>"
+        f"{axes.svg('paired differences')}<figcaption>Filled: p &lt; 0.05 after Holm's correction."
+        "</figcaption></figure></div>"
+    )
+
+
+# --- main effects, curves, subjects ---------------------------------------------------------------
+
+
+def _effects(page: _Page) -> str:
+    effects = page.ablation.effects
+    if not effects:
+        return ""
+    majority = page.ablation.settings[0].majority_accuracy
+    low = min(majority, *(e.interval.low for e in effects))
+    high = max(majority, *(e.interval.high for e in effects))
+    factors: dict[str, list[Effect]] = {}
+    for effect in effects:
+        factors.setdefault(effect.factor, []).append(effect)
+    figures = "".join(
+        _effect(factor, levels, majority, _padded((low, high), False))
+        for factor, levels in factors.items()
+    )
+    return (
+        f'<div class="plots">{figures}</div><p class="soft">Mean accuracy (%) at each level. A '
+        "block is a set of runs that differ in this factor alone and have each of its levels. "
+        "Bars: 95 % interval over questions; they say nothing about other seeds. Line: majority "
+        f"letter {100 * majority:.1f} %.</p>"
+    )
+
+
+def _effect(factor: str, levels: Sequence[Effect], majority: float, y: tuple[float, float]) -> str:
+    width = max(260, 70 + 62 * len(levels))
+    axes = _Axes(width, 230, (-0.5, len(levels) - 0.5), y, bottom=58)
+    axes.frame("", x_ticks=False)
+    axes.line("majority", axes.left, axes.py(majority), axes.right, axes.py(majority))
+    places = [(axes.px(i), axes.py(e.accuracy)) for i, e in enumerate(levels)]
+    path = "M" + "L".join(f"{x},{y}" for x, y in places)
+    axes.parts.append(f'<path class="front" d="{path}"/>')
+    for (x, place), effect in zip(places, levels, strict=True):
+        tip = (
+            f"{factor} = {effect.level}\nmean accuracy {100 * effect.accuracy:.1f} %, 95 % "
+            f"interval [{100 * effect.interval.low:.1f}, {100 * effect.interval.high:.1f}]\n"
+            f"{effect.num_runs} run{'s'[: effect.num_runs != 1]}"
+        )
+        axes.parts.append(
+            f'<g data-tip="{escape(tip)}" tabindex="0"><line class="bar k0" x1="{x}" '
+            f'y1="{axes.py(effect.interval.low)}" x2="{x}" y2="{axes.py(effect.interval.high)}"/>'
+            f'<circle class="mark k0 f0" cx="{x}" cy="{place}" r="4.5"/>'
+            f'<circle class="hit" cx="{x}" cy="{place}" r="12"/></g>'
+        )
+        axes.parts.append(
+            f'<text x="{x}" y="{axes.bottom + 14}" text-anchor="end" '
+            f'transform="rotate(-28 {x} {axes.bottom + 14})">{escape(effect.level[:18])}</text>'
+        )
+    blocks = levels[0].num_blocks
+    runs = sum(e.num_runs for e in levels)
+    balance = (
+        f"{blocks} matched block{'s'[: blocks != 1]}, {runs} runs"
+        if blocks
+        else f"not balanced: means over {runs} runs that also differ in other factors"
+    )
+    return (
+        f"<figure><h3>{escape(factor)}</h3>{axes.svg(factor)}"
+        f"<figcaption>{balance}</figcaption></figure>"
+    )
+
+
+def _learning(page: _Page) -> str:
+    tables = [
+        (entry, curves(entry.run)) for entry in page.ablation.entries if entry.kind == "trained"
+    ]
+    keys = {
+        "train/loss": "Training loss, nats",
+        "val/loss": "Validation loss, nats",
+        "val/accuracy": "Validation accuracy, %",
+    }
+    settings = list(dict.fromkeys(entry.setting for entry, table in tables if table))
+    colour = {setting: f"k{i % 7} d{i // 7 % 3}" for i, setting in enumerate(settings)}
+    figures = ""
+    for key, head in keys.items():
+        found = [(entry, table[key]) for entry, table in tables if table.get(key)]
+        if not found:
+            continue
+        xs = [x for _, points in found for x, _ in points]
+        ys = [y for _, points in found for _, y in points]
+        loss = key.endswith("loss")
+        ys += [UNKNOWING] if loss else []
+        axes = _Axes(380, 250, (min(0.0, *xs), max(xs) or 1), _padded(ys, False))
+        axes.frame("updates", percent=not loss)
+        if loss:
+            axes.line("front", axes.left, axes.py(UNKNOWING), axes.right, axes.py(UNKNOWING))
+            axes.text(axes.right, axes.py(UNKNOWING) - 5, "ln 4: knowing nothing", "end", "soft")
+        for entry, points in found:
+            places = [(axes.px(x), axes.py(y)) for x, y in points]
+            last = points[-1][1] if loss else 100 * points[-1][1]
+            tip = (
+                f"{entry.label}, seed {entry.run.metrics['seed']}\n"
+                f"{key} at the end: {last:.3f}{'' if loss else ' %'}, update {points[-1][0]:g}"
+            )
+            common = (
+                f'data-setting="{page.number(entry.setting)}" data-tip="{escape(tip)}" '
+                f'class="curve {colour[entry.setting]}"'
+            )
+            d = "M" + "L".join(f"{x},{y}" for x, y in places)
+            dots = "".join(f"M{x - 2:.1f},{y}h4" for x, y in places) if len(places) < 3 else ""
+            axes.parts.append(
+                f'<a href="{escape(page.href(entry))}"><path {common} d="{d}{dots}"/></a>'
+            )
+        figures += f"<figure><h3>{head}</h3>{axes.svg(head)}</figure>"
+    if not figures:
+        return ""
+    names = {entry.setting: entry.label for entry, _ in tables}
+    legend = "".join(
+        f'<span><svg viewBox="0 0 16 9"><path class="curve {colour[s]}" '
+        f'data-setting="{page.number(s)}" d="M0,5H16"/></svg>{escape(names[s])}</span>'
+        for s in settings
+    )
+    return f'<div class="plots">{figures}</div><div class="legend">{legend}</div>'
+
+
+def _subjects(page: _Page) -> str:
+    settings = page.ablation.settings
+    table = subject_table(settings, page.ablation.split)
+    if not table:
+        return ""
+    shown = sorted(settings, key=lambda s: -s.accuracy)
+    values = [a for cells in table.values() for a, _ in cells.values()]
+    low, high = min(values), max(values)
+
+    def shade(accuracy: float) -> str:
+        share = (accuracy - low) / ((high - low) or 1)
+        return f' style="background: rgba(var(--heat), {0.05 + 0.5 * share:.2f})"'
+
+    head = "".join(f'<th scope="col" class="text">{escape(s.name)}</th>' for s in shown)
+    first = "".join(f"<td>{_linked(page, s, f'{100 * s.accuracy:.1f}')}</td>" for s in shown)
+    majority = 100 * shown[0].majority_accuracy
+    rows = (
+        f'<tr><th scope="row">all <span class="soft">n={shown[0].n}, majority {majority:.1f} %'
+        f"</span></th>{first}</tr>"
+    )
+    for group, cells in table.items():
+        n = max(count for _, count in cells.values())
+        small = ' class="small"' if n < SMALL else ""
+        row = ""
+        for setting in shown:
+            if setting.name not in cells:
+                row += "<td>-</td>"
+                continue
+            accuracy, count = cells[setting.name]
+            entry = setting.entries[0]
+            tip = f"{group}, {setting.name}\n{_group_text(setting, page.ablation.split, group)}"
+            row += (
+                f"<td{small}{shade(accuracy) if count >= SMALL else ''}><a "
+                f'href="{escape(page.href(entry))}" data-tip="{escape(tip)}">{100 * accuracy:.0f}'
+                "</a></td>"
+            )
+        rows += (
+            f'<tr><th scope="row">{escape(group)} <span class="soft">n={n}</span></th>{row}</tr>'
+        )
+    return (
+        f'<div class="scroll"><table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>'
+        f'{rows}</tbody></table></div><p class="soft">Accuracy in %, largest subjects first; each '
+        f"number shows its interval. Italic and unshaded: fewer than {SMALL} questions.</p>"
+    )
+
+
+def _group_text(setting: Setting, split: str, group: str) -> str:
+    lines = []
+    for entry in setting.entries:
+        values = entry.run.metrics[split]["by"]["subject_name"].get(group)
+        if values:
+            lines.append(
+                f"{_seed(entry)}: {100 * values['accuracy']:.1f} % "
+                f"[{100 * values['ci_low']:.1f}, {100 * values['ci_high']:.1f}], n={values['n']}"
+            )
+    return "\n".join(lines)
+
+
+# --- published, notes -----------------------------------------------------------------------------
+
+
+def _published(published: Published | None) -> str:
+    if published is None:
+        return ""
+    rows = "".join(
+        f'<tr><td class="text">{escape(row["quantity"])}</td><td>{escape(row["published"])}</td>'
+        f"<td>{escape(row['ours'])}</td>"
+        f'<td class="text wrap">{escape(row.get("remark", ""))}</td></tr>'
+        for row in published.rows
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in published.notes)
+    return (
+        '<div class="scroll"><table><thead><tr><th class="text">quantity</th><th>published</th>'
+        '<th>here</th><th class="text">remark</th></tr></thead><tbody>'
+        f'{rows}</tbody></table></div><p class="soft">{escape(published.source)}</p>'
+        f"<ul>{notes}</ul>"
+    )
+
+
+def _notes(page: _Page, command: str) -> str:
+    notes = [
+        "Accuracy means little without what takes no knowledge: always giving the most frequent "
+        "letter. It stands beside every accuracy.",
+        "Loss is cross-entropy in nats over the letters; ln 4 = 1.386 is knowing nothing about "
+        "four of them.",
+        "GB is 10^9 bytes of weights with the adapter. Milliseconds are those of scoring the whole "
+        "split, packed into rows, divided by its questions; they are no latency of one question.",
+        *page.ablation.notes,
+    ]
+    versions = dict.fromkeys(
+        ", ".join(f"{k} {v}" for k, v in e.run.metrics["versions"].items() if v)
+        for e in page.ablation.entries
+        if e.run.status == "completed"
+    )
+    notes += [f"Measured with {text}." for text in versions if text]
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f"<ul>{items}</ul><p>This report again: <code>{escape(command)}</code></p>"
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def _scaled(fraction: float | None) -> str:
+    return UNKNOWN if fraction is None else f"{100 * fraction:.1f}"
+
+
+def _decimals(value: float | None, places: int) -> str:
+    return UNKNOWN if value is None else f"{value:,.{places}f}"
+
+
+def _gb(value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
+    return f"{value:.2f} GB" if value >= 0.1 else f"{value:.3g} GB"
+
+
+def _count(value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g}"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _tick(value: float) -> str:
+    return f"{value:.10g}"
+
+
+def _padded(values: Sequence[float], log: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if log:
+        return low / (high / low) ** 0.08, high * (high / low) ** 0.08
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from low to high."""
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return [low]
+    step = 10 ** math.floor(math.log10(span / most))
+    step = next(step * m for m in (1, 2, 5, 10) if span / (step * m) <= most)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, with 2 and 5 between them where there is room; arguments are logarithms."""
+    factors = (1, 2, 5) if high - low < 2.2 else (1,)
+    ticks = [
+        m * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for m in factors
+    ]
+    return [tick for tick in ticks if low <= math.log10(tick) <= high]

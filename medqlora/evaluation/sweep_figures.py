@@ -1,0 +1,406 @@
+"""Figures of a sweep: what accuracy costs, how it was learned, what each choice did."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from medqlora.evaluation.ablation import Effect, Setting, pareto_front
+from medqlora.evaluation.figures import (
+    _STYLE,
+    COLOURS,
+    LINES,
+    MARKERS,
+    _baseline,
+    _figure,
+    _legend_below,
+    _percent_axes,
+)
+from medqlora.evaluation.results import RunResult
+from medqlora.evaluation.statistics import Comparison
+from medqlora.evaluation.tables import SMALL
+
+KINDS = {"trained": 0, "base": 1, "evaluated": 2}
+"""Colour and marker of each kind of run."""
+
+MAX_COLUMNS = 16
+"""Settings a heat map or a labelled scatter shows; more would not be readable."""
+
+UNKNOWING = math.log(4)
+"""Loss in nats of knowing nothing about four letters."""
+
+Value = Callable[[RunResult], float | None]
+
+
+def weight_gb(run: RunResult) -> float | None:
+    """Weights with the adapter, in 10^9 bytes."""
+    return run.metrics["model"]["weight_gb"]
+
+
+def num_trainable(run: RunResult) -> float | None:
+    """Trainable numbers."""
+    return run.metrics["model"]["num_trainable"]
+
+
+def milliseconds(split: str) -> Value:
+    """Milliseconds a question of scoring a split, packed into rows."""
+
+    def value(run: RunResult) -> float | None:
+        timing = (run.metrics.get("scoring") or {}).get(split) or {}
+        n = run.metrics[split]["n"]
+        return 1000 * timing["seconds"] / n if timing.get("seconds") and n else None
+
+    return value
+
+
+def curves(run: RunResult) -> dict[str, list[tuple[float, float]]]:
+    """The logged curves of a run: (update, value) by key of metrics.csv.
+
+    Args:
+        run: A run; one without metrics.csv, or with a damaged one, has no curves.
+    """
+    path = run.run_dir / "metrics.csv"
+    found: dict[str, list[tuple[float, float]]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for key, text in row.items():
+                    if key in ("epoch", "step", None) or not text:
+                        continue
+                    value = float(text)
+                    if math.isfinite(value):
+                        found.setdefault(key, []).append((float(row["step"]), value))
+    except (OSError, ValueError, KeyError, TypeError):
+        return found
+    return found
+
+
+def cost_figure(
+    settings: Sequence[Setting], value: Value, xlabel: str, split: str = "test"
+) -> Figure:
+    """Accuracy against a cost, with 95 % intervals and the Pareto front.
+
+    Args:
+        settings: Groups of seeds.
+        value: The cost of a run, such as `weight_gb`.
+        xlabel: What it is, with its unit.
+        split: Name of the split.
+
+    Raises:
+        ValueError: If no setting has that cost.
+    """
+    shown = [(cost, s) for s in settings if (cost := s.mean(value)) is not None]
+    if not shown:
+        raise ValueError(f"No run knows its {xlabel}.")
+    costs = [cost for cost, _ in shown]
+    figure, axes = _figure(6.4, 4.4, f"Accuracy ({split}) against {xlabel.split(',')[0]}")
+    for kind, style in KINDS.items():
+        points = [(cost, s) for cost, s in shown if s.kind == kind]
+        if points:
+            accuracy = np.array([s.accuracy for _, s in points])
+            low = np.array([s.interval.low for _, s in points])
+            high = np.array([s.interval.high for _, s in points])
+            axes.errorbar(
+                [cost for cost, _ in points],
+                accuracy,
+                yerr=np.maximum([accuracy - low, high - accuracy], 0),
+                color=COLOURS[style],
+                marker=MARKERS[style],
+                linestyle="none",
+                markersize=5,
+                elinewidth=0.8,
+                capsize=2,
+                label=f"{kind} (n={points[0][1].n})",
+            )
+    front = pareto_front(costs, [s.accuracy for _, s in shown])
+    axes.plot(
+        [costs[i] for i in front],
+        [shown[i][1].accuracy for i in front],
+        color="#666666",
+        linewidth=1,
+        linestyle="--",
+        drawstyle="steps-post",
+        label="Pareto front",
+    )
+    labelled = range(len(shown)) if len(shown) <= MAX_COLUMNS else front
+    for i in labelled:
+        axes.annotate(
+            shown[i][1].name,
+            (costs[i], shown[i][1].accuracy),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    _baseline(axes, shown[0][1].majority_accuracy, horizontal=True)
+    if min(costs) > 0 and max(costs) / min(costs) > 20:
+        axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set(xlabel=xlabel, ylabel="accuracy, 95 % interval")
+    _percent_axes(axes, "y")
+    axes.grid(True, axis="x", color="#E5E5E5", linewidth=0.6)
+    _legend_below(figure, axes)
+    return figure
+
+
+def learning_figure(
+    runs: Mapping[str, Sequence[Mapping[str, Sequence[tuple[float, float]]]]],
+) -> Figure:
+    """Training loss, validation loss and validation accuracy by update.
+
+    Args:
+        runs: For each setting, the curves of its runs (`curves`).
+
+    Raises:
+        ValueError: If no run logged any of them.
+    """
+    keys = {"train/loss": "training loss", "val/loss": "val loss", "val/accuracy": "val accuracy"}
+    shown = [k for k in keys if any(table.get(k) for tables in runs.values() for table in tables)]
+    if not shown:
+        raise ValueError("No run logged a curve.")
+    with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(3.6 * len(shown) + 0.4, 3.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = np.atleast_1d(figure.subplots(1, len(shown)))
+    for axes, key in zip(panels, shown, strict=True):
+        for index, (name, tables) in enumerate(runs.items()):
+            colour = COLOURS[index % len(COLOURS)]
+            line = LINES[index // len(COLOURS) % len(LINES)]
+            for number, table in enumerate(tables):
+                points = table.get(key)
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        color=colour,
+                        linestyle=line,
+                        linewidth=1.1,
+                        alpha=0.9,
+                        marker="." if len(points) < 30 else None,
+                        label=name if number == 0 else None,
+                    )
+        if key.endswith("loss"):
+            axes.axhline(
+                UNKNOWING, color="black", linewidth=1, linestyle=":", label="knowing nothing: ln 4"
+            )
+        axes.set_title(keys[key], loc="left")
+        axes.set(xlabel="updates", ylabel="nats" if key.endswith("loss") else "accuracy")
+        if key == "val/accuracy":
+            _percent_axes(axes, "y")
+        axes.grid(True, color="#E5E5E5", linewidth=0.6)
+    handles: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=7,
+        frameon=False,
+    )
+    return figure
+
+
+def subject_table(
+    settings: Sequence[Setting], split: str, name: str = "subject_name"
+) -> dict[str, dict[str, tuple[float, int]]]:
+    """Accuracy and n of each group in each setting, seeds averaged; large groups first.
+
+    Args:
+        settings: Groups of seeds.
+        split: "test" or "val".
+        name: Key of `by`.
+
+    Returns:
+        group -> setting -> (accuracy, questions a run).
+    """
+    table: dict[str, dict[str, tuple[float, int]]] = {}
+    for setting in settings:
+        groups: dict[str, list[dict[str, float]]] = {}
+        for entry in setting.entries:
+            for group, values in entry.run.metrics[split]["by"].get(name, {}).items():
+                groups.setdefault(group, []).append(values)
+        for group, found in groups.items():
+            accuracy = sum(v["accuracy"] for v in found) / len(found)
+            table.setdefault(group, {})[setting.name] = (accuracy, int(found[0]["n"]))
+    size = {group: max(n for _, n in cells.values()) for group, cells in table.items()}
+    return {group: table[group] for group in sorted(table, key=lambda g: (-size[g], g))}
+
+
+def heat_figure(settings: Sequence[Setting], split: str, name: str = "subject_name") -> Figure:
+    """Accuracy of each setting in each subject, as a map with its numbers.
+
+    Args:
+        settings: Groups of seeds; of more than `MAX_COLUMNS` the most accurate are shown.
+        split: "test" or "val".
+        name: Key of `by`.
+
+    Raises:
+        ValueError: If there is no group.
+    """
+    shown = _readable(settings)
+    table = subject_table(shown, split, name)
+    if not table:
+        raise ValueError(f"No group of {name} to draw.")
+    columns = [setting.name for setting in shown]
+    values = np.full((len(table) + 1, len(columns)), np.nan)
+    values[0] = [setting.accuracy for setting in shown]
+    for i, cells in enumerate(table.values(), start=1):
+        for j, column in enumerate(columns):
+            if column in cells:
+                values[i, j] = cells[column][0]
+    sizes = [shown[0].n, *(max(n for _, n in cells.values()) for cells in table.values())]
+    figure, axes = _figure(
+        2.6 + 0.55 * len(columns), 2.2 + 0.26 * len(sizes), f"Accuracy ({split}) in %"
+    )
+    low, high = np.nanmin(values), np.nanmax(values)
+    axes.imshow(values, cmap="Blues", vmin=low, vmax=max(high, low + 0.01), aspect="auto")
+    for i, n in enumerate(sizes):
+        for j in range(len(columns)):
+            if math.isfinite(values[i, j]):
+                dark = values[i, j] > low + 0.62 * (high - low)
+                axes.text(
+                    j,
+                    i,
+                    f"{100 * values[i, j]:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                    fontstyle="italic" if n < SMALL else "normal",
+                    fontweight="bold" if i == 0 else "normal",
+                )
+    majority = 100 * shown[0].majority_accuracy
+    names = [f"all (majority {majority:.0f} %)", *table]
+    axes.set_yticks(
+        range(len(sizes)),
+        [f"{group}  n={n}" for group, n in zip(names, sizes, strict=True)],
+        fontsize=7,
+    )
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.axhline(0.5, color="white", linewidth=3)
+    axes.set_xlabel(f"italics: fewer than {SMALL} questions", fontsize=7)
+    return figure
+
+
+def effects_figure(effects: Sequence[Effect], majority_accuracy: float) -> Figure:
+    """Mean accuracy at each level of each factor, all else equal.
+
+    Args:
+        effects: What `main_effects` returned.
+        majority_accuracy: The baseline, drawn as a line.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    factors = list(dict.fromkeys(effect.factor for effect in effects))
+    if not factors:
+        raise ValueError("No factor was varied.")
+    levels = {f: [e for e in effects if e.factor == f] for f in factors}
+    with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]
+        widths = [1 + len(levels[f]) for f in factors]
+        figure = Figure(figsize=(1.4 + 0.6 * sum(widths), 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = np.atleast_1d(figure.subplots(1, len(factors), sharey=True, width_ratios=widths))
+    for axes, factor in zip(panels, factors, strict=True):
+        shown = levels[factor]
+        accuracy = np.array([e.accuracy for e in shown])
+        error = [
+            [max(e.accuracy - e.interval.low, 0) for e in shown],
+            [max(e.interval.high - e.accuracy, 0) for e in shown],
+        ]
+        axes.errorbar(
+            range(len(shown)),
+            accuracy,
+            yerr=error,
+            color=COLOURS[0],
+            marker="o",
+            markersize=5,
+            linestyle="-",
+            linewidth=0.8,
+            capsize=2,
+        )
+        blocks = shown[0].num_blocks
+        balance = f"{blocks} matched blocks" if blocks else "not balanced"
+        axes.set_title(f"{factor}\n{balance}", loc="left", fontsize=8)
+        axes.set_xticks(
+            range(len(shown)), [e.level for e in shown], rotation=40, ha="right", fontsize=7
+        )
+        axes.set_xlim(-0.5, len(shown) - 0.5)
+        axes.axhline(majority_accuracy, color="black", linewidth=1.2)
+        axes.grid(True, axis="y", color="#E5E5E5", linewidth=0.6)
+    panels[0].set_ylabel("accuracy, 95 % interval over questions")
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    figure.supxlabel(f"line: majority letter {100 * majority_accuracy:.1f} %", fontsize=7)
+    return figure
+
+
+def forest_figure(comparisons: Sequence[Comparison]) -> Figure:
+    """Paired differences to the baseline with 95 % intervals and Holm-corrected p-values.
+
+    Args:
+        comparisons: What `compare_family` returned, all with the same first run.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not comparisons:
+        raise ValueError("Nothing was compared.")
+    ordered = sorted(comparisons, key=lambda c: c.difference)
+    first = ordered[0]
+    figure, axes = _figure(
+        6.6,
+        1.5 + 0.28 * len(ordered),
+        f"Difference to {first.name_a} ({100 * first.accuracy_a:.1f} %, n={first.n})",
+    )
+    for place, c in enumerate(ordered):
+        sure = c.p_holm is not None and c.p_holm < 0.05
+        axes.errorbar(
+            100 * c.difference,
+            place,
+            xerr=[
+                [max(100 * (c.difference - c.ci_low), 0)],
+                [max(100 * (c.ci_high - c.difference), 0)],
+            ],
+            color=COLOURS[0] if sure else "#777777",
+            marker="s" if sure else "o",
+            markerfacecolor=COLOURS[0] if sure else "white",
+            markersize=5,
+            elinewidth=1,
+            capsize=2,
+        )
+        p = c.p_value if c.p_holm is None else c.p_holm
+        axes.text(
+            1.02,
+            place,
+            f"{100 * c.difference:+.1f}  p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}",
+            va="center",
+            fontsize=7,
+            transform=axes.get_yaxis_transform(),
+        )
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(ordered)), [c.name_b for c in ordered], fontsize=8)
+    axes.set_ylim(-0.6, len(ordered) - 0.4)
+    axes.set_xlabel(
+        "percentage points, 95 % interval; filled: p < 0.05 after Holm's correction", fontsize=8
+    )
+    axes.tick_params(axis="y", length=0)
+    axes.grid(True, axis="x", color="#E5E5E5", linewidth=0.6)
+    return figure
+
+
+def _readable(settings: Sequence[Setting]) -> list[Setting]:
+    if len(settings) <= MAX_COLUMNS:
+        return list(settings)
+    best = sorted(settings, key=lambda s: -s.accuracy)[:MAX_COLUMNS]
+    return [setting for setting in settings if setting in best]

@@ -1,0 +1,476 @@
+"""Tables, paired tests, figures and one self-contained page of a sweep.
+
+python -m medqlora.report runs=sweeps/rank
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.console import Console
+
+from medqlora.entry import command, command_line
+from medqlora.errors import CheckpointError, ConfigError
+from medqlora.evaluation.ablation import Ablation, Entry, Setting, analyse, read_sweep
+from medqlora.evaluation.figures import save_figure
+from medqlora.evaluation.html import Published, report_page
+from medqlora.evaluation.results import RunResult
+from medqlora.evaluation.sweep_figures import (
+    cost_figure,
+    curves,
+    effects_figure,
+    forest_figure,
+    heat_figure,
+    learning_figure,
+    milliseconds,
+    num_trainable,
+    weight_gb,
+)
+from medqlora.evaluation.tables import (
+    UNKNOWN,
+    ResultRow,
+    accuracy_text,
+    comparison_markdown,
+    comparison_table,
+    result_markdown,
+    result_row,
+    result_table,
+)
+
+log = logging.getLogger("medqlora.report")
+
+PUBLISHED_DIR = Path(__file__).parent / "evaluation" / "published"
+"""Published results as data, one file each."""
+
+MAX_CURVES = 21
+"""Settings whose learning curves are drawn: as many as can be told apart."""
+
+
+MAX_PRINTED = 40
+"""Rows of a table in the terminal; the files hold all of them."""
+
+
+def report(cfg: DictConfig, out_dir: Path) -> Ablation:
+    """Write the report of a folder of runs.
+
+    Args:
+        cfg: The composed config of `report`.
+        out_dir: Where it goes: `summary.csv`, `summary.parquet`, `tables.md`, `tables.tex`,
+            `figures/` and `report.html`.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ConfigError: If an option is unknown.
+        CheckpointError: If there is no run.
+    """
+    if not cfg.runs:
+        raise ConfigError("runs is missing: name the folder of a sweep, such as runs=sweeps/rank.")
+    runs = read_sweep(cfg.runs)
+    if not runs:
+        raise CheckpointError(
+            f"{cfg.runs} holds no run folder: train something first, or name another folder."
+        )
+    split = _split(cfg.split, runs)
+    published = _published_name(cfg.published, runs)
+    ablation = analyse(runs, split, cfg.baseline)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    table = summary(ablation)
+    table.to_csv(out_dir / "summary.csv", index=False)
+    table.to_parquet(out_dir / "summary.parquet", index=False)
+    (out_dir / "tables.md").write_text(_markdown(ablation), encoding="utf-8")
+    (out_dir / "tables.tex").write_text(latex_tables(ablation), encoding="utf-8")
+    _figures(ablation, out_dir / "figures")
+    title = cfg.title or Path(cfg.runs).resolve().name
+    page = report_page(
+        ablation,
+        out_dir,
+        title=str(title),
+        command=command_line("report"),
+        published=None if published is None else read_published(published, ablation),
+    )
+    (out_dir / "report.html").write_text(page, encoding="utf-8")
+    return ablation
+
+
+def summary(ablation: Ablation) -> pd.DataFrame:
+    """One row a run, failed ones too: what it was, its numbers, where it lies, how to repeat it.
+
+    Args:
+        ablation: What `analyse` returned.
+
+    Returns:
+        A table; what is unknown is null. Columns of factors start with "factor.".
+    """
+    factors = list(dict.fromkeys(name for levels in ablation.factors.values() for name in levels))
+    return pd.DataFrame(
+        [_summary_row(entry, ablation.split, factors) for entry in ablation.entries]
+    )
+
+
+def _summary_row(entry: Entry, split: str, factors: Sequence[str]) -> dict[str, Any]:
+    run = entry.run
+    metrics = run.metrics
+    section, train, model = metrics[split], metrics["train"], metrics["model"]
+    scores = ("n", "accuracy", "ci_low", "ci_high", "majority_accuracy", "macro_accuracy")
+    speeds = ("num_steps", "num_questions", "questions_per_second", "tokens_per_second")
+    return {
+        "run": str(run.run_dir),
+        "setting": entry.label,
+        "kind": entry.kind,
+        "status": run.status,
+        "error": run.error,
+        **{f"factor.{name}": entry.levels.get(name) for name in factors},
+        "seed": metrics["seed"],
+        "split": split,
+        **{key: section[key] for key in scores},
+        **{key: section[key] for key in ("loss", "ece", "brier")},
+        "val_accuracy": metrics["val"]["accuracy"],
+        "val_loss": metrics["val"]["loss"],
+        "weight_gb": model["weight_gb"],
+        "weight_gb_16bit": model["weight_gb_16bit"],
+        "num_parameters": model["num_parameters"],
+        "num_trainable": model["num_trainable"],
+        "milliseconds_per_question": milliseconds(split)(run),
+        "train_loss": train["loss"],
+        **{f"train_{key.removeprefix('num_')}": train[key] for key in speeds},
+        "fill_fraction": train["fill_fraction"],
+        "train_peak_memory_gb": train["peak_memory_gb"],
+        "wall_seconds": metrics["wall_seconds"],
+        "started": metrics["started"],
+        "device": metrics["hardware"]["device"],
+        "data": metrics["data"]["name"],
+        "data_sha256": section.get("sha256") or metrics["data"]["sha256"],
+        "config_hash": metrics["config_hash"],
+        "command": metrics["command"],
+    }
+
+
+def latex_tables(ablation: Ablation) -> str:
+    r"""The settings and the paired differences as LaTeX, for a document that uses booktabs.
+
+    Args:
+        ablation: What `analyse` returned.
+    """
+    majority = "always giving the most frequent letter"
+    heads = [
+        "setting",
+        "accuracy (\\%)",
+        "95 \\% interval",
+        "majority (\\%)",
+        "n",
+        "seeds",
+        "GB",
+        "trainable",
+    ]
+    rows = []
+    for setting in ablation.settings:
+        low, high = setting.interval
+        gb, trainable = setting.mean(weight_gb), setting.mean(num_trainable)
+        rows.append(
+            [
+                _tex(setting.name),
+                f"{100 * setting.accuracy:.1f}",
+                f"[{100 * low:.1f}, {100 * high:.1f}]",
+                f"{100 * setting.majority_accuracy:.1f}",
+                str(setting.n),
+                str(len(setting.entries)),
+                "--" if gb is None else f"{gb:.3g}",
+                "--" if trainable is None else f"{trainable:,.0f}".replace(",", "\\,"),
+            ]
+        )
+    caption = (
+        f"Accuracy on the {ablation.split} split. Seeds are averaged; intervals count seeds and "
+        f"questions as random, those of single runs are Wilson's. Majority: {majority}."
+    )
+    text = _tex_table(heads, rows, caption, "tab:settings")
+    if ablation.comparisons:
+        rows = [
+            [
+                _tex(c.name_b),
+                f"{100 * c.difference:+.1f}",
+                f"[{100 * c.ci_low:+.1f}, {100 * c.ci_high:+.1f}]",
+                _tex_p(c.p_value),
+                "--" if c.p_holm is None else _tex_p(c.p_holm),
+                str(c.n),
+            ]
+            for c in ablation.comparisons
+        ]
+        methods = "; ".join(dict.fromkeys(c.method for c in ablation.comparisons))
+        first = ablation.comparisons[0]
+        caption = (
+            f"Paired differences to {_tex(first.name_a)} ({100 * first.accuracy_a:.1f} \\%, "
+            f"n={first.n}) in percentage points ({_tex(methods)}); p-values also after Holm's "
+            f"correction over {len(rows)} comparisons."
+        )
+        heads = ["setting", "difference", "95 \\% interval", "p", "p (Holm)", "n"]
+        text += "\n" + _tex_table(heads, rows, caption, "tab:differences")
+    return text
+
+
+def read_published(name: str, ablation: Ablation) -> Published:
+    """A published result with what was measured here beside it.
+
+    Args:
+        name: File in `PUBLISHED_DIR`, without its ending.
+        ablation: What was measured here.
+    """
+    data = yaml.safe_load((PUBLISHED_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
+    rows = []
+    for row in data["rows"]:
+        ours, remark = _OURS[row["ours"]](ablation)
+        rows.append({**row, "ours": ours, "remark": remark})
+    return Published(data["title"], data["source"], rows, data["notes"])
+
+
+# --- what stands beside a published number --------------------------------------------------------
+
+
+def _bits(setting: Setting) -> str:
+    quant = (setting.entries[0].run.config or {}).get("quant") or {}
+    return "16 bit" if quant.get("data_type") == "none" else "quantised"
+
+
+def _first(ablation: Ablation, kind: str, bits: str) -> Setting | None:
+    """The most accurate setting of a kind and storage on the questions of the baseline."""
+    found = [s for s in ablation.settings if s.kind == kind and _bits(s) == bits]
+    return max(found, key=lambda s: s.accuracy, default=None)
+
+
+def _pair(
+    before: Setting | None, after: Setting | None, text: Callable[[Setting], str | None]
+) -> tuple[str, str]:
+    parts = [UNKNOWN if s is None else text(s) or UNKNOWN for s in (before, after)]
+    names = [s.name for s in (before, after) if s is not None]
+    return " to ".join(parts), " to ".join(names)
+
+
+def _ours_weights(ablation: Ablation) -> tuple[str, str]:
+    def text(setting: Setting) -> str | None:
+        gb = setting.mean(weight_gb)
+        return None if gb is None else f"{1000 * gb:.2f} MB"
+
+    return _pair(_first(ablation, "base", "16 bit"), _first(ablation, "base", "quantised"), text)
+
+
+def _ours_accuracy(ablation: Ablation) -> tuple[str, str]:
+    def text(s: Setting) -> str:
+        return f"{100 * s.accuracy:.2f} % [{100 * s.interval.low:.1f}, {100 * s.interval.high:.1f}]"
+
+    before, after = (_first(ablation, kind, "quantised") for kind in ("base", "trained"))
+    ours, names = _pair(before, after, text)
+    known = after or before
+    if known is None:
+        return ours, names
+    return ours, f"{names}; n={known.n}, majority {100 * known.majority_accuracy:.1f} %"
+
+
+def _ours_memory(ablation: Ablation) -> tuple[str, str]:
+    def text(setting: Setting) -> str | None:
+        gb = setting.mean(lambda run: run.metrics["train"]["peak_memory_gb"])
+        return None if gb is None else f"{gb:.2f} GB"
+
+    return _pair(
+        _first(ablation, "trained", "16 bit"), _first(ablation, "trained", "quantised"), text
+    )
+
+
+def _ours_milliseconds(ablation: Ablation) -> tuple[str, str]:
+    def text(setting: Setting) -> str | None:
+        ms = setting.mean(milliseconds(ablation.split))
+        return None if ms is None else f"{ms:.2f} ms"
+
+    return _pair(_first(ablation, "base", "16 bit"), _first(ablation, "base", "quantised"), text)
+
+
+def _ours_val_loss(ablation: Ablation) -> tuple[str, str]:
+    setting = _first(ablation, "trained", "quantised")
+    loss = None if setting is None else setting.mean(lambda run: run.metrics["val"]["loss"])
+    if setting is None or loss is None:
+        return UNKNOWN, ""
+    gain = math.log(4) - loss
+    return f"{loss:.3f}", f"{setting.name}; {gain:.3f} nats below ln 4"
+
+
+_OURS: dict[str, Callable[[Ablation], tuple[str, str]]] = {
+    "weights": _ours_weights,
+    "accuracy": _ours_accuracy,
+    "memory": _ours_memory,
+    "milliseconds": _ours_milliseconds,
+    "val_loss": _ours_val_loss,
+}
+
+
+# --- parts of the report --------------------------------------------------------------------------
+
+
+def _split(split: str, runs: Sequence[RunResult]) -> str:
+    if split not in ("auto", "test", "val"):
+        raise ConfigError(f"split={split} is unknown. Choose test, val or auto.")
+    if split != "auto":
+        return split
+    return "test" if any(run.metrics["test"]["accuracy"] is not None for run in runs) else "val"
+
+
+def _published_name(name: str, runs: Sequence[RunResult]) -> str | None:
+    there = sorted(path.stem for path in PUBLISHED_DIR.glob("*.yaml"))
+    if name == "auto":
+        sweeps = {(run.metrics.get("choices") or {}).get("sweep") for run in runs}
+        return next((known for known in there if known in sweeps), None)
+    if name in (None, "none"):
+        return None
+    if name not in there:
+        raise ConfigError(f"published={name} is unknown. Choose {', '.join(there)}, auto or none.")
+    return name
+
+
+def _result_rows(ablation: Ablation) -> list[ResultRow]:
+    rows = []
+    for entry in ablation.entries:
+        row = result_row(entry.run, ablation.split, name=entry.label)
+        trainable, seed = num_trainable(entry.run), entry.run.metrics["seed"]
+        extra = {
+            "seed": UNKNOWN if seed is None else str(seed),
+            "trainable": UNKNOWN if trainable is None else f"{trainable:,}",
+        }
+        rows.append(
+            ResultRow(row.name, row.section, row.size_gb, row.seconds, extra, _short(row.error))
+        )
+    return rows
+
+
+def _short(error: str | None) -> str | None:
+    return error if error is None or len(error) <= 200 else error[:199] + "…"
+
+
+def _setting_lines(ablation: Ablation) -> str:
+    lines = [
+        "| setting | accuracy | 95 % interval | majority | n | seeds |\n"
+        "|---|---:|---:|---:|---:|---:|\n"
+    ]
+    for s in ablation.settings:
+        name = s.name.replace("|", "\\|")
+        lines.append(
+            f"| {name} | {100 * s.accuracy:.1f} % | [{100 * s.interval.low:.1f}, "
+            f"{100 * s.interval.high:.1f}] | {100 * s.majority_accuracy:.1f} % | {s.n} | "
+            f"{len(s.entries)} |\n"
+        )
+    return "".join(lines)
+
+
+def _markdown(ablation: Ablation) -> str:
+    parts = [f"## Runs, {ablation.split} split\n\n{result_markdown(_result_rows(ablation))}"]
+    if ablation.settings:
+        parts.append(
+            f"## Settings, seeds averaged\n\n{_setting_lines(ablation)}\nIntervals count seeds and "
+            "questions as random; those of single runs are Wilson's.\n"
+        )
+    if ablation.comparisons:
+        parts.append(f"## Paired differences\n\n{comparison_markdown(ablation.comparisons)}")
+    if ablation.effects:
+        lines = "".join(
+            f"| {e.factor} | {e.level} | {100 * e.accuracy:.1f} % | [{100 * e.interval.low:.1f}, "
+            f"{100 * e.interval.high:.1f}] | {e.num_blocks} | {e.num_runs} |\n"
+            for e in ablation.effects
+        )
+        majority, n = ablation.settings[0].majority_accuracy, ablation.settings[0].n
+        parts.append(
+            "## Main effects\n\n| factor | level | accuracy | 95 % interval | matched blocks | "
+            f"runs |\n|---|---|---:|---:|---:|---:|\n{lines}\nMeans over runs that differ in the "
+            f"factor alone; 0 blocks: not balanced. n={n}, majority {100 * majority:.1f} %.\n"
+        )
+    if ablation.notes:
+        parts.append("## Notes\n\n" + "".join(f"- {note}\n" for note in ablation.notes))
+    return "\n".join(parts)
+
+
+def _tex(text: str) -> str:
+    replaced = {
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    }
+    return "".join(replaced.get(letter, letter) for letter in text)
+
+
+def _tex_p(p: float) -> str:
+    return "$<$ 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _tex_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str
+) -> str:
+    lines = "".join(" & ".join(row) + " \\\\\n" for row in rows)
+    return (
+        "\\begin{table}\n\\centering\n"
+        f"\\caption{{{caption}}}\n\\label{{{label}}}\n"
+        f"\\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}\n\\toprule\n"
+        f"{' & '.join(heads)} \\\\\n\\midrule\n{lines}"
+        "\\bottomrule\n\\end{tabular}\n\\end{table}\n"
+    )
+
+
+def _figures(ablation: Ablation, folder: Path) -> None:
+    settings, split = ablation.settings, ablation.split
+    tables: dict[str, list[Any]] = {}
+    for entry in ablation.entries:
+        if entry.kind == "trained" and (found := curves(entry.run)):
+            tables.setdefault(entry.label, []).append(found)
+    shown = dict(list(tables.items())[:MAX_CURVES])
+    majority = settings[0].majority_accuracy if settings else 0.0
+    makers: dict[str, Callable[[], Figure]] = {
+        "accuracy_gb": lambda: cost_figure(settings, weight_gb, "weights, GB", split),
+        "accuracy_ms": lambda: cost_figure(
+            settings, milliseconds(split), "scoring, ms a question", split
+        ),
+        "accuracy_trainable": lambda: cost_figure(
+            settings, num_trainable, "trainable parameters", split
+        ),
+        "learning_curves": lambda: learning_figure(shown),
+        "subjects": lambda: heat_figure(settings, split),
+        "main_effects": lambda: effects_figure(ablation.effects, majority),
+        "differences": lambda: forest_figure(ablation.comparisons),
+    }
+    for name, make in makers.items():
+        try:
+            save_figure(make(), folder / name)
+        except ValueError as error:
+            log.info("no figure %s: %s", name, error)
+
+
+@command("report")
+def main(cfg: DictConfig, run_dir: Path) -> None:
+    """Write the report, print its table."""
+    ablation = report(cfg, run_dir)
+    console = Console()
+    rows = [
+        result_row(entry.run, ablation.split, name=entry.label)
+        for entry in ablation.entries
+        if entry.run.status == "completed"
+    ][:MAX_PRINTED]
+    failed = sum(entry.run.status != "completed" for entry in ablation.entries)
+    if rows:
+        console.print(result_table(rows, title=f"{Path(cfg.runs).name}, {ablation.split} split"))
+    if ablation.comparisons:
+        console.print(comparison_table(ablation.comparisons[:MAX_PRINTED]))
+    best = max(ablation.settings, key=lambda s: s.accuracy, default=None)
+    if best is not None:
+        section = best.entries[0].run.metrics[ablation.split]
+        console.print(f"most accurate: {best.name}: {accuracy_text(section)}", highlight=False)
+    if failed:
+        console.print(f"{failed} run(s) did not complete; report.html says why", highlight=False)
+    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The estimate of training memory: sums that must hold, and the peaks it was fitted to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from transformers import GemmaConfig
+
+from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
+
+GEMMA_2B = KNOWN_SHAPES["gemma-2b"]
+
+
+@pytest.mark.parametrize(
+    ("token_budget", "gradient_checkpointing", "measured_gb"),
+    [(16_384, False, 41.4), (1024, True, 3.03)],
+)
+def test_measured_peaks_of_one_h200_are_met_within_a_few_percent(
+    token_budget, gradient_checkpointing, measured_gb
+):
+    """Gemma-2B, NF4, LoRA r=16 in float32, fast path; peaks of torch's allocator."""
+    estimate = estimate_training_memory(
+        GEMMA_2B, token_budget=token_budget, gradient_checkpointing=gradient_checkpointing
+    )
+    assert estimate.total_gb == pytest.approx(measured_gb, rel=0.04)
+
+
+def test_weights_are_those_of_the_footprint():
+    """2.07 GB in NF4 with a 16-bit embedding, 1.29 with an NF4 one, 5.01 in 16 bit."""
+    for bits, embedding, expected in ((4.127, 16, 2.07), (4.127, 4.127, 1.29), (16, 16, 5.01)):
+        estimate = estimate_training_memory(
+            GEMMA_2B, token_budget=1, weight_bits=bits, embedding_bits=embedding
+        )
+        assert estimate.weights_gb == pytest.approx(expected, abs=0.006)
+
+
+def test_an_adapter_is_counted_as_peft_counts_it():
+    """LoRA r=16 on the seven linears of Gemma-2B has 19,611,648 weights."""
+    estimate = estimate_training_memory(GEMMA_2B, token_budget=1, r=16, adapter_bytes=4)
+    assert estimate.adapter_gb * 1e9 == pytest.approx(2 * 4 * 19_611_648)
+    assert estimate.optimizer_gb * 1e9 == pytest.approx(2 * 19_611_648)
+    assert estimate_training_memory(GEMMA_2B, token_budget=1, r=0).adapter_gb == 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shape", KNOWN_SHAPES)
+def test_more_tokens_take_more_and_checkpointing_takes_less(shape, fused):
+    budgets = (1024, 2048, 16_384)
+    without, light = (
+        [
+            estimate_training_memory(
+                KNOWN_SHAPES[shape], token_budget=b, gradient_checkpointing=c, fused=fused
+            )
+            for b in budgets
+        ]
+        for c in (False, True)
+    )
+    for small, large in itertools.chain(itertools.pairwise(without), itertools.pairwise(light)):
+        assert small.total_gb < large.total_gb
+        assert small.weights_gb == large.weights_gb
+    for kept, recomputed in zip(without, light, strict=True):
+        assert recomputed.activations_gb < kept.activations_gb / 4
+        assert min(dataclasses.astuple(kept)) > 0
+
+
+def test_a_config_and_a_mapping_say_the_same():
+    config = GemmaConfig(**GEMMA_2B)
+    assert estimate_training_memory(config, token_budget=64) == estimate_training_memory(
+        GEMMA_2B, token_budget=64
+    )
+
+
+def test_a_row_has_tokens():
+    with pytest.raises(ValueError, match="at least one token"):
+        estimate_training_memory(GEMMA_2B, token_budget=0)

@@ -1,0 +1,69 @@
+"""The search for the longest row that fits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from medqlora import budget
+from medqlora.budget import largest_that_fits, random_row, with_token_budget
+from medqlora.config import compose
+from medqlora.errors import ConfigError
+
+
+def device_of(limit):
+    def trial(tokens):
+        tried.append(tokens)
+        if tokens > limit:
+            raise torch.OutOfMemoryError("out of memory")
+
+    tried: list[int] = []
+    return trial, tried
+
+
+def test_the_largest_row_that_fits_is_found_and_nothing_beyond_the_first_failure_is_tried():
+    trial, tried = device_of(3000)
+    assert largest_that_fits(trial, (512, 1024, 2048, 4096, 8192)) == 2048
+    assert tried == [512, 1024, 2048, 4096]
+
+
+def test_a_device_on_which_nothing_fits_is_told_what_to_do():
+    with pytest.raises(ConfigError, match="gradient_checkpointing=true"):
+        largest_that_fits(device_of(0)[0], (512,))
+
+
+def test_another_failure_than_memory_is_no_answer():
+    def broken(tokens):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        largest_that_fits(broken, (512,))
+
+
+@pytest.mark.parametrize("tokens", [512, 2048])
+def test_the_row_that_is_tried_is_full_and_of_fixed_shape(tokens):
+    row = random_row(tokens, 100)
+    assert row.input_ids.shape == (tokens,)
+    assert int(row.cu_seqlens[-1]) == row.num_tokens == tokens
+    assert int((row.answer >= 0).sum()) == row.num_questions
+
+
+def test_auto_becomes_a_number_that_is_remembered(monkeypatch, tmp_path, caplog):
+    """A real forward, backward and optimiser step, once; the second time the file answers."""
+    monkeypatch.setenv("MEDQLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(budget, "BUDGETS", (512, 1024))
+    cfg = compose("train", ["experiment=quickstart", "data.token_budget=auto"])
+    with caplog.at_level("INFO", logger="medqlora"):
+        assert with_token_budget(cfg).data.token_budget == 1024
+        assert list(json.loads((tmp_path / "token_budgets.json").read_text()).values()) == [1024]
+        monkeypatch.setattr(budget, "_Trial", None)
+        assert with_token_budget(cfg).data.token_budget == 1024
+    assert "found on this device before" in caplog.text
+    assert cfg.data.token_budget == "auto"
+
+
+def test_a_given_number_stays(tmp_path):
+    cfg = compose("train", ["experiment=quickstart"])
+    assert with_token_budget(cfg) is cfg

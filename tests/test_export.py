@@ -1,0 +1,227 @@
+"""What leaves a run folder: loads elsewhere, answers as the run does, and is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from medqlora import export as export_verb
+from medqlora import pipeline
+from medqlora.config import compose
+from medqlora.data.medmcqa import read_questions
+from medqlora.evaluation import read_run
+from medqlora.export import Change, export
+from medqlora.quantization import dequantize, load_base
+from medqlora.schema import Prediction, Question
+
+
+def config(run_dir: Path, *overrides: str):
+    return compose("export", [f"run={run_dir}", *overrides])
+
+
+def stock_scores(model, tokenizer, run: pipeline.LoadedRun, questions: list[Question]):
+    """Letter scores by stock transformers, one question at a time, with the whole head."""
+    rows = []
+    for question in questions:
+        (text,) = run.datamodule.prompt.render(question)
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        rows.append(logits[list(run.datamodule.letter_ids)].float().log_softmax(-1))
+    return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def merged(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "deep" / "merged"
+    return export(config(trained_run, f"output={output}", "limit=10"))
+
+
+def test_the_merged_model_answers_as_the_run_does_in_stock_transformers(
+    merged, trained_run, question_files
+):
+    """Rounded base plus adapter, rounded once more to bfloat16 and to nothing else."""
+    run = pipeline.load_run(trained_run, device="cpu")
+    questions = read_questions(question_files["test"])
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.dtype == torch.bfloat16
+    expected = torch.tensor([p.scores for p in run.predict(questions)])
+    found = stock_scores(model.float(), tokenizer, run, questions)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    bare = AutoModelForCausalLM.from_pretrained(run.config["model"]["path"]).float()
+    without = stock_scores(bare, tokenizer, run, questions)
+    assert (found - expected).abs().mean() < 0.2 * (without - expected).abs().mean()
+
+
+def test_head_and_embedding_stay_one(merged):
+    names: set[str] = set()
+    for file in merged.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names.update(weights.keys())
+            dtypes = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+            assert dtypes == {"BF16"}
+    assert "lm_head.weight" not in names
+    assert not [name for name in names if "lora" in name or "absmax" in name]
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (merged / "generation_config.json").is_file()
+
+
+def test_the_stated_change_is_that_of_the_same_questions(merged):
+    change = json.loads((merged / "export.json").read_text())
+    assert change["n"] == change["run"]["n"] == change["merged"]["n"] == 10
+    assert 0 <= change["mean_score_difference"] <= change["max_score_difference"] < 0.1
+    gap = abs(change["run"]["accuracy"] - change["merged"]["accuracy"])
+    assert gap * change["n"] <= change["num_changed_answers"]
+
+
+def test_a_change_is_counted_right():
+    """Two questions; the second one's answer goes from right to wrong."""
+
+    def made(scores):
+        return Prediction("q", "test", "Anatomy", "single", 0, scores)
+
+    before = [made((-0.1, -3.0)), made((-0.6, -0.8))]
+    after = [made((-0.1, -3.0)), made((-0.8, -0.6))]
+    found = Change("test", before, after).as_dict()
+    assert found["num_changed_answers"] == 1
+    assert found["run"]["accuracy"] == 1
+    assert found["merged"]["accuracy"] == 0.5
+    assert found["max_score_difference"] == pytest.approx(0.2)
+    assert found["mean_score_difference"] == pytest.approx(0.1)
+
+
+def test_the_adapter_answers_as_the_run_does_in_stock_peft(trained_run, tmp_path, question_files):
+    output = export(config(trained_run, "format=adapter", f"output={tmp_path / 'adapter'}"))
+    for file in (trained_run / "adapter").iterdir():
+        copy = output / file.name
+        assert file.name == "README.md" or copy.read_bytes() == file.read_bytes()
+    run = pipeline.load_run(trained_run, device="cpu")
+    questions = read_questions(question_files["test"])[:6]
+    path = run.config["model"]["path"]
+    # The run's base is rounded to NF4: the same numbers in a plain model.
+    rounded = dequantize(load_base(path, pipeline.make(run.config["quant"])), torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    plain.load_state_dict(rounded.state_dict())
+    model = PeftModel.from_pretrained(plain, str(output)).eval()
+    found = stock_scores(model, AutoTokenizer.from_pretrained(path), run, questions)
+    expected = torch.tensor([p.scores for p in run.predict(questions)])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_the_card_states_numbers_with_intervals_baseline_licence_and_disclaimer(
+    merged, trained_run
+):
+    card = (merged / "README.md").read_text()
+    run = read_run(trained_run)
+    section = run.metrics["test"]
+    for text in (
+        f"{100 * section['accuracy']:.1f} %",
+        f"[{100 * section['ci_low']:.1f}, {100 * section['ci_high']:.1f}]",
+        f"{100 * section['majority_accuracy']:.1f} %",
+        run.metrics["data"]["sha256"],
+        run.metrics["config_hash"],
+        "license: gemma",
+        "Gemma Terms of Use",
+        "no medical device",
+        "r=16",
+        "data_type=nf4",
+        "Measured on 10 questions of test",
+    ):
+        assert text in card, text
+    assert str(Path(run.config["model"]["path"]).parent) not in card
+    assert "Gemma Terms of Use" in (merged / "NOTICE").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["format=gguf"], "convert_hf_to_gguf"),
+        (["split=train"], "split=train"),
+        (["limit=-1"], "limit=-1"),
+        (["push_to_hub=a b/c"], "OWNER/NAME"),
+        (["run={tmp}"], "metrics.json"),
+        (["output={tmp}"], "nothing is overwritten"),
+        (["device=tpu", "output={tmp}/x"], "device=tpu"),
+    ],
+)
+def test_a_request_that_cannot_work_ends_in_one_line_and_leaves_nothing(
+    overrides, word, trained_run, tmp_path, run_command
+):
+    given = [override.format(tmp=tmp_path) for override in overrides]
+    ended = run_command("export", f"run={trained_run}", *given)
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert word in ended.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_in_the_middle_leaves_nothing_behind(trained_run, tmp_path, monkeypatch):
+    """Disk full: the line says so, and neither the folder nor its half is there."""
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_verb, "write_card", full)
+    with pytest.raises(export_verb.MedQLoRAError, match="No space left on device") as told:
+        export(config(trained_run, "format=adapter", f"output={tmp_path / 'out'}"))
+    assert told.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_half_of_a_killed_export_is_cleared_away_and_that_of_a_living_one_is_not(
+    trained_run, tmp_path
+):
+    dead = tmp_path / f".out.{2**22 + 1}.tmp"
+    living = tmp_path / f".out.{os.getppid()}.tmp"
+    for folder in (dead, living):
+        folder.mkdir()
+    export(config(trained_run, "format=adapter", f"output={tmp_path / 'out'}"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "out"])
+
+
+@pytest.mark.parametrize("trick", ["link", "folder", "no weights", "damaged", "no config"])
+def test_an_adapter_folder_with_tricks_is_refused(trick, trained_run, tmp_path):
+    """A run folder from elsewhere is data: a link would carry a file of this machine along."""
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    adapter = run / "adapter"
+    if trick == "link":
+        (adapter / "notes.txt").symlink_to("/etc/hostname")
+    elif trick == "folder":
+        (adapter / "more").mkdir()
+    elif trick == "no weights":
+        (adapter / "adapter_model.safetensors").unlink()
+    elif trick == "damaged":
+        (adapter / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    else:
+        (adapter / "adapter_config.json").write_text("[]")
+    with pytest.raises(export_verb.CheckpointError) as told:
+        export(config(run, "format=adapter", f"output={tmp_path / 'out'}"))
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_does_not_answer_loses_no_export(trained_run, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(export_verb.MedQLoRAError, match="is complete and was not uploaded"):
+        export(
+            config(
+                trained_run,
+                "format=adapter",
+                f"output={tmp_path / 'out'}",
+                "push_to_hub=somebody/something",
+            )
+        )
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

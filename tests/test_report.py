@@ -1,0 +1,542 @@
+"""A report shows what the run folders say, and no accuracy without baseline, n and interval."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medqlora.config import compose
+from medqlora.errors import CheckpointError, ConfigError
+from medqlora.evaluation import read_predictions, read_run, wilson_interval
+from medqlora.evaluation.ablation import (
+    analyse,
+    pareto_front,
+    read_sweep,
+    setting_interval,
+)
+from medqlora.report import PUBLISHED_DIR, latex_tables, report, summary
+from tests.browser import MISSING, Browser
+from tests.fake_runs import PEFTS, QUANTS, base_config, make_questions, write_run, write_sweep
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("work") / "sweeps" / "demo")
+
+
+@pytest.fixture(scope="module")
+def ablation(sweep):
+    return analyse(read_sweep(sweep))
+
+
+@pytest.fixture(scope="module")
+def folder(sweep):
+    """A report beside the sweeps."""
+    out = sweep.parent.parent / "reports" / "demo"
+    report(compose("report", [f"runs={sweep}", "published=reference_study"]), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return (folder / "report.html").read_text()
+
+
+class Links(HTMLParser):
+    """Addresses of a page, by attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str, str]] = []
+        self.rows = 0
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("href", "src", "action", "xlink:href"):
+                self.found.append((tag, name, value or ""))
+
+
+# --- what was varied ------------------------------------------------------------------------------
+
+
+def test_factors_are_what_was_varied_and_seeds_are_none(ablation):
+    assert set(ablation.factors["trained"]) == {"quant", "peft"}
+    assert ablation.factors["trained"]["peft"] == list(PEFTS)
+    assert ablation.factors["base"] == {"quant": list(QUANTS)}
+
+
+def test_seeds_of_a_setting_are_averaged_and_copies_of_a_base_are_one_run(ablation):
+    trained = [s for s in ablation.settings if s.kind == "trained"]
+    assert len(trained) == len(QUANTS) * len(PEFTS)
+    for setting in trained:
+        accuracies = [e.run.metrics["test"]["accuracy"] for e in setting.entries]
+        assert len(accuracies) == 2
+        assert setting.accuracy == pytest.approx(np.mean(accuracies))
+        assert setting.interval.low < setting.accuracy < setting.interval.high
+    assert sorted(s.name for s in ablation.settings if s.kind == "base") == [
+        "base, int8",
+        "base, nf4",
+        "base, unquantised",
+    ]
+
+
+def test_runs_without_choices_are_told_apart_by_their_keys(tmp_path):
+    """Runs that were not typed at a command line know no option names, only values."""
+    config = base_config()
+    for number, (rate, data_type) in enumerate([(1e-4, "nf4"), (1e-4, "int8"), (3e-4, "nf4")]):
+        own = {
+            **config,
+            "optimizer": {**config["optimizer"], "lr": rate},
+            "quant": {**config["quant"], "data_type": data_type, "double_quant": number == 0},
+        }
+        write_run(tmp_path / str(number), own)
+    found = analyse(read_sweep(tmp_path))
+    assert found.factors["trained"]["optimizer.lr"] == ["0.0001", "0.0003"]
+    assert len({s.name for s in found.settings}) == 3
+
+
+def test_a_value_varied_within_an_option_is_a_factor_of_its_own(tmp_path):
+    config = base_config()
+    for number, (option, r, alpha) in enumerate(
+        [("lora_r8", 8, 16), ("lora_r16", 16, 32), ("lora_r8", 8, 64)]
+    ):
+        own = {**config, "peft": {**config["peft"], "r": r, "lora_alpha": alpha}}
+        write_run(tmp_path / str(number), own, choices={"peft": option})
+    factors = analyse(read_sweep(tmp_path)).factors["trained"]
+    assert factors == {"peft": ["lora_r8", "lora_r16"], "peft.lora_alpha": ["16", "32", "64"]}
+
+
+def test_main_effects_are_means_over_matched_blocks(ablation):
+    effects = {(e.factor, e.level): e for e in ablation.effects}
+    runs = [e for e in ablation.entries if e.kind == "trained" and e.run.status == "completed"]
+    for quant in QUANTS:
+        own = [e.run.metrics["test"]["accuracy"] for e in runs if e.levels["quant"] == quant]
+        effect = effects["quant", quant]
+        assert effect.accuracy == pytest.approx(np.mean(own))
+        assert (effect.num_blocks, effect.num_runs) == (6, 6)
+        assert effect.interval.low < effect.accuracy < effect.interval.high
+    assert ("quant", "fp4") not in effects  # its only run failed
+
+
+def test_a_missing_job_leaves_only_complete_blocks(sweep, tmp_path):
+    """A level that was tried on easier settings only must not look better for it."""
+    runs = [r for r in read_sweep(sweep) if r.status == "completed"]
+    partial = [
+        r
+        for r in runs
+        if (r.metrics["choices"].get("quant"), r.metrics["choices"].get("peft"))
+        != ("nf4", "lora_r8")
+    ]
+    effects = {(e.factor, e.level): e for e in analyse(partial).effects}
+    assert effects["quant", "nf4"].num_blocks == 4
+    assert effects["quant", "none"].num_runs == 4
+
+
+def test_the_interval_of_one_run_is_wilsons_and_seeds_widen_it():
+    rng = np.random.default_rng(0)
+    one = rng.random((1, 200)) < 0.4
+    assert setting_interval(one) == wilson_interval(int(one.sum()), 200)
+    same = np.repeat(one, 3, axis=0)
+    spread = np.array([rng.random(200) < p for p in (0.25, 0.4, 0.55)])
+    width = [i.high - i.low for i in map(setting_interval, (same, spread))]
+    assert width[1] > 2 * width[0]
+    assert width[0] == pytest.approx(
+        wilson_interval(int(one.sum()), 200).high - wilson_interval(int(one.sum()), 200).low,
+        rel=0.05,
+    )
+
+
+@pytest.mark.parametrize(
+    ("costs", "gains", "expected"),
+    [
+        ([1, 2, 3], [0.1, 0.2, 0.3], [0, 1, 2]),
+        ([1, 2, 3], [0.3, 0.2, 0.1], [0]),
+        ([2, 1, 3, None], [0.3, 0.1, 0.3, 0.9], [1, 0]),
+        ([1, 1], [0.2, 0.4], [1]),
+    ],
+)
+def test_nothing_beats_a_point_of_the_pareto_front(costs, gains, expected):
+    assert pareto_front(costs, gains) == expected
+    for i in expected:
+        for j, (cost, gain) in enumerate(zip(costs, gains, strict=True)):
+            if cost is not None and j != i:
+                assert not (cost <= costs[i] and gain > gains[i])
+
+
+def test_comparisons_are_paired_with_the_bare_base_and_corrected(ablation):
+    assert ablation.baseline == "base, unquantised"
+    assert len(ablation.comparisons) == len(ablation.settings) - 1
+    for c in ablation.comparisons:
+        assert c.p_holm is not None
+        assert c.p_holm >= c.p_value
+        assert c.ci_low <= c.difference <= c.ci_high
+
+
+def test_runs_on_other_questions_are_shown_and_not_compared(tmp_path):
+    config = base_config()
+    for number in range(3):
+        own = {**config, "optimizer": {**config["optimizer"], "lr": 1e-4 * (number + 1)}}
+        questions = make_questions(seed=0 if number < 2 else 5)
+        write_run(tmp_path / str(number), own, questions=questions)
+    found = analyse(read_sweep(tmp_path))
+    assert len(found.settings) == 3
+    assert len(found.comparisons) == 1
+    assert any("other questions" in note for note in found.notes)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_a_row_for_every_run_with_the_numbers_of_its_metrics(folder, sweep):
+    table = pd.read_csv(folder / "summary.csv")
+    pd.testing.assert_frame_equal(
+        table, pd.read_parquet(folder / "summary.parquet"), check_dtype=False
+    )
+    assert len(table) == 18 + 3 + 2
+    for row in table.to_dict("records"):
+        if row["status"] != "completed":
+            assert isinstance(row["error"], str)
+            continue
+        run = read_run(row["run"])
+        assert row["accuracy"] == run.metrics["test"]["accuracy"]
+        right = [p.correct for p in read_predictions(run.run_dir, "test")]
+        assert row["accuracy"] == pytest.approx(np.mean(right))
+        assert row["config_hash"] == run.metrics["config_hash"]
+        assert row["command"] == run.metrics["command"]
+
+
+def test_every_figure_is_there_twice_and_well_formed(folder):
+    names = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert names == {
+        "accuracy_gb",
+        "accuracy_ms",
+        "accuracy_trainable",
+        "learning_curves",
+        "subjects",
+        "main_effects",
+        "differences",
+    }
+    for name in names:
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert ET.parse(folder / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_markdown_never_shows_an_accuracy_alone(folder):
+    """Each line with a percentage has an interval, or belongs to a paired comparison."""
+    text = (folder / "tables.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and " % |" in line]
+    assert len(rows) > 30
+    for line in rows:
+        assert re.search(r"\[[+-]?\d+\.\d, [+-]?\d+\.\d\]", line), line
+    assert "majority" in text
+    assert "fp4, lora_r16 (the loss is not finite" in text
+
+
+def test_latex_escapes_what_latex_would_read(ablation):
+    text = latex_tables(ablation)
+    assert "lora\\_r16" in text
+    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 2
+    assert not re.search(r"(?<!\\)[%#&](?! )", text)
+    for line in text.splitlines():
+        if line.endswith("\\\\"):
+            assert line.count(" & ") in (7, 5)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_links_of_the_page_lead_to_run_folders_and_nowhere_else(page, folder, sweep):
+    links = Links()
+    links.feed(page)
+    runs = 0
+    for tag, name, value in links.found:
+        if value.startswith("#") or value == "data:,":
+            continue
+        assert (tag, name) == ("a", "href")
+        target = (folder / unquote(value)).resolve()
+        assert target.is_dir()
+        assert sweep.resolve() in target.parents
+        runs += 1
+    assert runs > 300
+    assert not re.search(r"https?://|url\(|@import", page)
+
+
+def test_every_run_has_its_exact_command(page, sweep):
+    for run in read_sweep(sweep):
+        if run.metrics["command"]:
+            assert f"<pre>{run.metrics['command']}</pre>" in page
+        assert f"--config-path {run.run_dir.resolve()} " in page
+
+
+def test_what_a_run_folder_says_is_text_and_never_markup(page, tmp_path):
+    assert "the loss is not finite &lt;b&gt;at&lt;/b&gt; update 12" in page
+    config = base_config()
+    evil = '"><script>alert(1)</script>'
+    write_run(tmp_path / "a", config | {"seed": 1}, command=evil, choices={"quant": evil})
+    write_run(tmp_path / "b", config | {"seed": 2}, command=evil, choices={"quant": "nf4"})
+    report(compose("report", [f"runs={tmp_path}", f"title='{evil}'"]), tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<script>alert" not in text
+    assert text.count("<script>") == 1
+
+
+def test_published_numbers_stand_beside_ours_with_what_they_mean(page):
+    section = page[page.index('<section id="published">') :]
+    for text in (
+        "2009.06 MB to 398.72 MB",
+        "22.11 % to 33.35 %",
+        "40 GB to 10 GB",
+        "200 ms to 150 ms",
+        "1.36",
+        "22.1 %",
+        "32.2 %",
+        "1.386",
+    ):
+        assert text in section
+    assert "5010.00 MB to " in section
+    assert re.search(r"majority \d\d\.\d %", section)
+    assert "quoted as published" in section
+
+
+def test_published_numbers_come_by_themselves_with_their_sweep(tmp_path):
+    config = base_config()
+    write_run(tmp_path / "0", config, choices={"sweep": "reference_study"})
+    for value, shown in (("auto", True), ("none", False)):
+        out = tmp_path / value
+        report(compose("report", [f"runs={tmp_path / '0'}", f"published={value}"]), out)
+        assert ("2009.06 MB" in (out / "report.html").read_text()) is shown
+    assert [path.stem for path in PUBLISHED_DIR.glob("*.yaml")] == ["reference_study"]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [("failed", "failed"), ("no predictions", "no part in tests"), ("one run", "accuracy")],
+)
+def test_a_report_of_little_says_what_is_missing(case, expected, tmp_path):
+    status = "failed" if case == "failed" else "completed"
+    error = "out of memory" if case == "failed" else None
+    write_run(tmp_path / "0", base_config(), status=status, error=error, curve=False)
+    if case == "no predictions":
+        (tmp_path / "0" / "predictions.parquet").unlink()
+    ablation = report(compose("report", [f"runs={tmp_path / '0'}"]), tmp_path / "out")
+    assert len(summary(ablation)) == 1
+    assert expected in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_run_that_another_sweep_did_is_in_the_report(tmp_path):
+    write_run(tmp_path / "rank" / "3", base_config())
+    (tmp_path / "quantization").mkdir()
+    (tmp_path / "quantization" / "0").symlink_to("../rank/3")
+    (tmp_path / "quantization" / "1").symlink_to("../rank/gone")
+    runs = read_sweep(tmp_path / "quantization")
+    assert [run.status for run in runs] == ["completed", "failed"]
+    assert "not a folder" in runs[1].error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        ([], ConfigError, "runs=sweeps/rank"),
+        (["runs=/nowhere"], CheckpointError, "not a folder"),
+        (["runs=EMPTY"], CheckpointError, "no run folder"),
+        (["runs=SWEEP", "split=train"], ConfigError, "Choose test, val"),
+        (["runs=SWEEP", "baseline=nf5"], ConfigError, "base, nf4"),
+        (["runs=SWEEP", "published=nature"], ConfigError, "reference_study"),
+    ],
+)
+def test_a_bad_request_is_one_line_that_says_what_to_type(overrides, error, words, sweep, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    overrides = [o.replace("EMPTY", str(empty)).replace("SWEEP", str(sweep)) for o in overrides]
+    with pytest.raises(error, match=re.escape(words)) as caught:
+        report(compose("report", overrides), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_a_table_and_where_the_page_is(sweep, tmp_path, run_command):
+    ended = run_command("report", f"runs={sweep}", f"hydra.run.dir={tmp_path}/out")
+    assert ended.code == 0, ended.err
+    assert "majority" in ended.out
+    assert "2 run(s) did not complete" in ended.out
+    assert f"report: {tmp_path}/out/report.html" in ended.out
+    assert run_command("report", "runs=/nowhere", f"hydra.run.dir={tmp_path}/no").code == 2
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if MISSING:
+        pytest.skip(MISSING)
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    window = Browser(port)
+    yield window
+    window.close()
+
+
+@pytest.fixture
+def opened(browser, folder):
+    """The page, freshly loaded; afterwards it must have logged nothing and asked for nothing."""
+    browser.requests()
+    browser.log("browser")
+    browser.open(folder / "report.html")
+    yield browser
+    assert browser.log("browser") == []
+    asked = {url for url in browser.requests() if not url.startswith("data:")}
+    assert asked <= {(folder / "report.html").as_uri()}
+
+
+COLUMN = (
+    "const i = [...document.querySelectorAll(`#${arguments[0]} thead th`)]"
+    ".findIndex((h) => h.textContent.trim() === arguments[1]);"
+    "return [...document.querySelectorAll(`#${arguments[0]} tbody tr:not(.detail)`)]"
+    ".filter((r) => !r.hidden).map((r) => r.cells[i].dataset.v);"
+)
+CLICK = (
+    "const h = [...document.querySelectorAll(`#${arguments[0]} thead th`)]"
+    ".find((h) => h.textContent.trim() === arguments[1]);"
+    "h.querySelector('button').click(); return h.getAttribute('aria-sort');"
+)
+
+
+@pytest.mark.parametrize("heading", ["accuracy", "GB", "ms a question", "seed"])
+def test_a_heading_sorts_by_value_and_again_the_other_way(opened, heading):
+    for _ in range(2):
+        way = opened.run(CLICK, "table", heading)
+        values = opened.run(COLUMN, "table", heading)
+        known = [float(v) for v in values if v]
+        assert known == sorted(known, reverse=way == "descending")
+        assert len(set(known)) > 1
+        assert all(values[: len(known)])  # the unknown ones are last
+
+
+def test_words_and_numbers_in_names_sort_as_a_reader_expects(opened):
+    opened.run(CLICK, "table", "peft")
+    values = [v for v in opened.run(COLUMN, "table", "peft") if v]
+    assert list(dict.fromkeys(values)) == ["dora_r16", "lora_r8", "lora_r16"]
+
+
+def test_details_stay_under_their_run_when_sorted(opened):
+    opened.run(CLICK, "table", "accuracy")
+    assert opened.run(
+        "return [...document.querySelectorAll('#table tr.run')].every((r) =>"
+        " r.nextElementSibling.classList.contains('detail'));"
+    )
+
+
+def test_filtering_keeps_rows_that_have_every_word_and_dims_the_other_points(opened):
+    assert len(opened.run(COLUMN, "table", "run")) == 23
+    opened.run("document.getElementById('search').focus();")
+    opened.type("nf4 lora_r16")
+    assert len(opened.run(COLUMN, "table", "run")) == 2
+    assert opened.run("return document.getElementById('count').value;") == "2 of 23 runs"
+    dim, all_ = opened.run(
+        "const p = [...document.querySelectorAll('#costs g.point')];"
+        "return [p.filter((g) => g.classList.contains('dimmed')).length, p.length];"
+    )
+    assert 0 < dim < all_
+    opened.run("document.getElementById('reset').click();")
+    opened.run(
+        "const s = document.querySelector('select[name=status]'); s.value = 'failed';"
+        "s.dispatchEvent(new Event('change', {bubbles: true}));"
+    )
+    assert len(opened.run(COLUMN, "table", "run")) == 2
+
+
+def test_a_tooltip_says_what_a_point_is_with_its_interval_and_n(opened):
+    assert opened.run("return document.getElementById('tip').hidden;")
+    opened.hover("#costs g.point .hit")
+    shown, text = opened.run(
+        "const t = document.getElementById('tip'); return [!t.hidden, t.textContent];"
+    )
+    assert shown
+    assert re.search(r"accuracy \d+\.\d %, 95 % interval \[\d", text)
+    assert re.search(r"majority \d+\.\d %, n=240", text)
+    assert "python -m medqlora" in text
+    opened.hover("h1")
+    assert opened.run("return document.getElementById('tip').hidden;")
+
+
+def test_a_tooltip_stays_within_the_window(opened):
+    opened.hover("#costs figure:last-child g.point:last-of-type .hit")
+    left, right, width = opened.run(
+        "const b = document.getElementById('tip').getBoundingClientRect();"
+        "return [b.left, b.right, innerWidth];"
+    )
+    assert 0 <= left < right <= width
+
+
+def test_a_button_shows_the_exact_command(opened):
+    assert opened.run(
+        "const b = document.querySelector('#table button.command'); b.click();"
+        "const d = b.closest('tr').nextElementSibling;"
+        "return [d.hidden, b.getAttribute('aria-expanded'), d.querySelector('pre').textContent];"
+    ) == [False, "true", "python -m medqlora.train quant=none peft=lora_r8 seed=1"]
+
+
+LUMINANCE = (
+    "const parse = (c) => c.match(/[\\d.]+/g).slice(0, 3).map((v) => {"
+    " const s = v / 255; return s <= 0.03928 ? s / 12.92 : ((s + 0.055) / 1.055) ** 2.4; });"
+    "const light = (c) => { const [r, g, b] = parse(c); return 0.2126*r + 0.7152*g + 0.0722*b; };"
+    "const back = light(getComputedStyle(document.documentElement).backgroundColor"
+    " === 'rgba(0, 0, 0, 0)' ? getComputedStyle(document.body).backgroundColor : '');"
+    "return [back, ...['body', '.soft', 'a', 'tr.failed td', '.sure a'].map((s) =>"
+    " light(getComputedStyle(document.querySelector(s)).color))];"
+)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_in_light_and_dark(opened, scheme):
+    """Contrast of at least 4.5, WCAG 2.1 criterion 1.4.3."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    opened.devtools("Emulation.setEmulatedMedia", features=features)
+    back, *inks = opened.run(LUMINANCE)
+    assert (back > 0.5) is (scheme == "light")
+    for ink in inks:
+        low, high = sorted((back, ink))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_the_page_fits_a_phone_and_a_sheet_of_paper(opened):
+    opened.resize(390, 800)
+    wide = "return document.documentElement.scrollWidth <= innerWidth;"
+    assert opened.run(wide)
+    opened.devtools("Emulation.setEmulatedMedia", media="print")
+    assert opened.run(
+        "return getComputedStyle(document.querySelector('.tools')).display === 'none'"
+        " && getComputedStyle(document.querySelector('tr.detail')).display === 'table-row';"
+    )
+    pdf = opened.devtools("Page.printToPDF", printBackground=True)["data"]
+    assert len(pdf) > 20_000
+    opened.devtools("Emulation.setEmulatedMedia", media="")
+    opened.resize(1280, 900)
+
+
+def test_every_number_of_the_table_is_a_link(opened):
+    assert (
+        opened.run(
+            "return [...document.querySelectorAll('#table tr.run:not(.failed) td[data-v], "
+            "#settings-table td[data-v]')].filter((c) => /\\d/.test(c.textContent) &&"
+            " !c.classList.contains('text') && !c.querySelector('a[href]')).map((c) => c.outerHTML);"
+        )
+        == []
+    )
+
+
+def test_loss_of_knowing_nothing_is_the_line_in_the_curves(page):
+    assert "ln 4: knowing nothing" in page
+    assert math.isclose(math.log(4), 1.386, abs_tol=5e-4)
