@@ -54,6 +54,11 @@ MAX_CURVES = 21
 """Settings whose learning curves are drawn: as many as can be told apart."""
 
 
+_TEXTS = (
+    *("run", "setting", "kind", "status", "error", "split", "started", "device"),
+    *("data", "data_sha256", "config_hash", "command"),
+)
+
 MAX_PRINTED = 40
 """Rows of a table in the terminal; the files hold all of them."""
 
@@ -112,9 +117,12 @@ def summary(ablation: Ablation) -> pd.DataFrame:
         A table; what is unknown is null. Columns of factors start with "factor.".
     """
     factors = list(dict.fromkeys(name for levels in ablation.factors.values() for name in levels))
-    return pd.DataFrame(
-        [_summary_row(entry, ablation.split, factors) for entry in ablation.entries]
-    )
+    rows = [_summary_row(entry, ablation.split, factors) for entry in ablation.entries]
+    table = pd.DataFrame(rows)
+    for name in table.columns:
+        if name not in _TEXTS and not name.startswith("factor."):
+            table[name] = pd.to_numeric(table[name])  # a column of nulls stays one of numbers
+    return table
 
 
 def _summary_row(entry: Entry, split: str, factors: Sequence[str]) -> dict[str, Any]:

@@ -234,6 +234,8 @@ def _start_wandb(
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
+    # What it reports as errors, with tracebacks, is told here in one line.
+    logging.getLogger("wandb").setLevel(logging.CRITICAL)
     mode = options.get("mode") or "auto"
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ""
@@ -279,6 +281,7 @@ def _start_wandb(
             folder / "offline-run-*",
             _line(error),
         )
+        wandb.teardown()  # its service holds the name of the run that did not start
         run = start("offline")
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -286,7 +289,7 @@ def _start_wandb(
 
 
 def _finish_wandb(logger: Any, exit_code: int) -> None:
-    logger.experiment.finish(exit_code=exit_code, quiet=True)
+    logger.experiment.finish(exit_code=exit_code)
 
 
 def _start_tensorboard(options: dict[str, Any], run_dir: Path, config: dict[str, Any]) -> Logger:

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from jaxtyping import install_import_hook
+
+import tests.shapes  # noqa: F401  the hook looks it up by name
 
 _HOME = tempfile.TemporaryDirectory(prefix="medqlora-tests-")
 for _name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE"):
@@ -31,6 +34,8 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",  # workers share the cores, and sums do not depend on their number
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+install_import_hook("medqlora", "tests.shapes.check")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,7 +130,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_options: list[str
 def run_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Ended]]:
-    """`run_command("train", "quant=nf4", ...)`: a verb as from the command line, in this process."""
+    """`run_command("train", "quant=nf4", ...)` runs a verb as the command line does, in process."""
 
     def run(verb: str, *arguments: str) -> Ended:
         main: Any = importlib.import_module(f"medqlora.{verb}").main

@@ -222,11 +222,15 @@ def test_a_model_folder_that_is_not_there_is_named(score, options, tmp_path):
 
 
 @pytest.mark.parametrize("budget", [128, 2048])
-def test_scores_do_not_depend_on_the_rows_that_questions_share(score, options, budget):
-    one = score(*options)
-    other = score(*options, f"data.token_budget={budget}")
-    assert_same_scores(one.run_dir, other.run_dir, FP32_TOLERANCE)
-    assert one.metrics["test"]["accuracy"] == other.metrics["test"]["accuracy"]
+@pytest.mark.parametrize(
+    ("quant", "tolerance"), [("none_fp32", FP32_TOLERANCE), ("none", 0.1), ("nf4", 0.1)]
+)
+def test_scores_do_not_depend_on_the_rows_that_questions_share(
+    score, options, budget, quant, tolerance
+):
+    one = score(*options, f"quant={quant}")
+    other = score(*options, f"quant={quant}", f"data.token_budget={budget}")
+    assert_same_scores(one.run_dir, other.run_dir, tolerance)
 
 
 def test_scores_do_not_depend_on_the_order_of_the_questions(
@@ -348,6 +352,16 @@ def test_difficulty_by_the_bases_loss_and_the_paired_test_come_with_a_base(train
     assert (same["difference"], same["p_value"]) == (0, 1)
 
 
+def test_selective_accuracy_ends_in_the_plain_one(score, options):
+    run = score(*options)
+    points = run.metrics["selective"]["test"]
+    assert points[-1]["coverage"] == 1
+    assert points[-1]["accuracy"] == run.metrics["test"]["accuracy"]
+    assert [point["n"] for point in points] == sorted(point["n"] for point in points)
+    for point in points:
+        assert point["ci_low"] <= point["accuracy"] <= point["ci_high"]
+
+
 def test_a_base_that_scored_other_questions_is_refused_by_their_hash(
     trained, score, options, tmp_path
 ):
@@ -377,6 +391,19 @@ def test_constrained_generation_writes_the_letter_of_the_highest_score(trained, 
     assert section["constrained"]["num_unparsed"] == 0
     assert section["constrained"]["agreement"] == 1
     assert section["constrained"]["accuracy"] == written.metrics["test"]["accuracy"]
+
+
+def test_generation_with_learned_tokens_in_front_is_not_moved_by_padding(
+    tiny_options, score, tmp_path
+):
+    """Peft counts positions through left padding where virtual tokens stand before it."""
+    options = ["quant=nf4_fp32", "optimizer=adamw", "trainer.max_steps=1", "peft=prompt_tuning"]
+    run = train(compose("train", [*tiny_options, *options]), tmp_path / "prompt_tuning")
+    written = score(
+        f"run={run}", "trainer=cpu", "evaluate.mode=generate", "evaluate.max_new_tokens=2",
+        "evaluate.figures=false",
+    )  # fmt: skip
+    assert_same_scores(run, written.run_dir, FP32_TOLERANCE)
 
 
 def test_free_replies_are_kept_and_those_unread_count_for_no_letter(score, options):

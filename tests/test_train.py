@@ -1,4 +1,4 @@
-"""The main job from end to end, in this process: data, quantised base, adapter, fit, test, folder."""
+"""The main job from end to end, in this process: data, base, adapter, fit, test, run folder."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_checkpoints_hold_no_base_weights(run_dir):
     assert all("lora_" in name for name in checkpoint["state_dict"])
 
 
-# --- the same scores every way ----------------------------------------------------------------------
+# --- the same scores every way ------------------------------------------------------------
 
 
 def test_reloading_a_run_gives_identical_scores(run_dir, question_files):

@@ -33,6 +33,7 @@ class Acceleration:
         float8: Multiply in 8-bit floats on the fast path: rounds weights and activations to 3 bits
             of mantissa.
         gradient_checkpointing: Keep only each layer's input and compute the rest again backwards.
+        num_threads: Threads of a CPU operation; None for one a core.
 
     Raises:
         ConfigError: If a value is unknown or cannot take effect.
@@ -42,6 +43,7 @@ class Acceleration:
     fused: Literal["auto", "on", "off"] = "auto"
     float8: bool = False
     gradient_checkpointing: bool = False
+    num_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.compile not in ("none", "default", "cuda_graphs", "auto"):
@@ -52,6 +54,12 @@ class Acceleration:
         if self.fused not in ("auto", "on", "off"):
             raise ConfigError(
                 f"acceleration.fused={self.fused} is not known. Choose auto, on or off."
+            )
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(
+                f"acceleration.num_threads={self.num_threads} is no number of threads. Give 1 or "
+                f"more, "
+                "or null for one a core."
             )
         if self.float8 and self.fused == "off":
             raise ConfigError(
@@ -109,6 +117,8 @@ def accelerate(
         ConfigError: If what is wanted cannot take effect.
     """
     options.check_device(device)
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
     mode = options.compile_mode(device, token_budget)
     reason = why_not_fused(model) if options.fused != "off" else "acceleration.fused=off"
     if reason is None:

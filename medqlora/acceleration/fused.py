@@ -312,14 +312,19 @@ class _Graph:
         parameters: list[nn.Parameter],
     ) -> None:
         self.parameters = parameters
-        self._row = Row(*(None if t is None else t.clone() for t in row))
+        self._row = Row(
+            row.input_ids.clone(),
+            row.position_ids.clone(),
+            row.cu_seqlens.clone(),
+            None if row.keep is None else row.keep.clone(),
+        )
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and allocates what is allocated once
                 out = forward(self._row, max_length)
                 torch.autograd.grad(out, parameters, torch.zeros_like(out))
-            del out
+                del out
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()

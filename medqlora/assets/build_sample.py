@@ -188,7 +188,15 @@ def _read_fact(entry: Mapping[str, Any], path: Path) -> Fact:
         raise ValueError(f"{where} repeats an option: give eight that differ.")
     words = path.stem.split("_")
     name = " ".join(word if word in _SMALL_WORDS else word.capitalize() for word in words)
-    return Fact(subject_name=_SUBJECTS.get(path.stem, name), **texts, **lists)
+    return Fact(
+        id=texts["id"],
+        subject_name=_SUBJECTS.get(path.stem, name),
+        fact=texts["fact"],
+        stems=lists["stems"],
+        answer=texts["answer"],
+        distractors=lists["distractors"],
+        explanation=texts["explanation"],
+    )
 
 
 def _refuse_repeats(pairs: Iterable[tuple[str, str]]) -> None:

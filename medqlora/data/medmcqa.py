@@ -465,7 +465,7 @@ def mix(values: UInt64[np.ndarray, " row"], seed: int) -> UInt64[np.ndarray, " r
 
 def cut_groups(
     groups: UInt64[np.ndarray, " row"], seed: int, sizes: Sequence[int]
-) -> list[Int[np.ndarray, " member"]]:
+) -> list[Int[np.ndarray, " _member"]]:
     """Cut rows into parts of exactly the sizes asked for, never splitting a group.
 
     Whole groups are taken in the order of a hash of seed and group, a group that would overfill a

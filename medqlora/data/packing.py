@@ -24,7 +24,7 @@ from medqlora.schema import IGNORE, PackedBatch
 WINDOW = 4096
 """Questions a row can choose from; more fills no better, fewer leave gaps at small budgets."""
 
-Rows = list[Int[np.ndarray, " member"]]
+Rows = list[Int[np.ndarray, " _member"]]
 """Question numbers of each row."""
 
 

@@ -190,23 +190,48 @@ class Generator:
             Index of the letter written, and the log-probabilities of the letters in nats, both on
             the CPU. Logits come in the dtype the model computes in: in bfloat16 letters may tie.
         """
-        output: Any = self._generate(
-            prompts,
-            1,
-            logits_processor=LogitsProcessorList([_OnlyLetters(self.letter_ids)]),
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        written = output.sequences[:, -1].cpu()
-        logits = output.logits[0][:, self.letter_ids].float().cpu()
-        index = (written[:, None] == torch.tensor(self.letter_ids)).int().argmax(dim=-1)
-        return index, torch.log_softmax(logits, dim=-1)
+        index = torch.zeros(len(prompts), dtype=torch.int64)
+        scores = torch.zeros(len(prompts), len(self.letter_ids))
+        ids = torch.tensor(self.letter_ids)
+        for rows in self._groups(prompts):
+            output: Any = self._generate(
+                [prompts[row] for row in rows],
+                1,
+                logits_processor=LogitsProcessorList([_OnlyLetters(self.letter_ids)]),
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            written = output.sequences[:, -1].cpu()
+            logits = output.logits[0][:, self.letter_ids].float().cpu()
+            index[rows] = (written[:, None] == ids).int().argmax(dim=-1)
+            scores[rows] = torch.log_softmax(logits, dim=-1)
+        return index, scores
 
     def replies(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """Free greedy replies as text, without control tokens."""
-        output: Any = self._generate(prompts, max_new_tokens)
-        width = max(len(prompt) for prompt in prompts)
-        return self.tokenizer.batch_decode(output[:, width:].cpu(), skip_special_tokens=True)
+        texts = [""] * len(prompts)
+        for rows in self._groups(prompts):
+            output: Any = self._generate([prompts[row] for row in rows], max_new_tokens)
+            new = output[:, max(len(prompts[row]) for row in rows) :].cpu()
+            for row, text in zip(
+                rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+            ):
+                texts[row] = text
+        return texts
+
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Which prompts go together: all, unless padding would come behind learned tokens.
+
+        peft puts the virtual tokens of prompt learning in front of the padding and counts positions
+        through it, so those prompts are never padded.
+        """
+        config = getattr(self.model, "active_peft_config", None)
+        if config is None or not config.is_prompt_learning:
+            return [list(range(len(prompts)))]
+        by_length: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(row)
+        return list(by_length.values())
 
     def _generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any):
         ids, mask = left_pad(prompts, self.pad_id)

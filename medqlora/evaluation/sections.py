@@ -18,7 +18,7 @@ from medqlora.evaluation.scoring import (
     contextual_calibration,
     cyclic_orders,
 )
-from medqlora.evaluation.statistics import bootstrap_mean, compare_runs
+from medqlora.evaluation.statistics import bootstrap_mean, compare_runs, wilson_interval
 from medqlora.schema import Prediction, Question
 
 UNLABELLED = "unlabelled"
@@ -29,6 +29,9 @@ BASE_NLL = "difficulty_base_nll"
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 """What stands for stem and options of a prompt without content (Zhao et al. 2021, section 5)."""
+
+COVERAGES = (0.25, 0.5, 0.75, 1.0)
+"""Fractions of the questions that `selective_section` answers."""
 
 _BRIEF = (
     "n", "accuracy", "ci_low", "ci_high", "macro_accuracy", "loss", "ece", "brier",
@@ -85,6 +88,35 @@ def calibration_section(
         section[f"{name}_before"] = measure(scores, answer) if len(answer) else None
         section[f"{name}_after"] = measure(scaled, answer) if len(answer) else None
     return section
+
+
+def selective_section(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """Accuracy when only the most confident questions are answered.
+
+    Returns:
+        `coverage` (fraction answered), `n`, `accuracy`, `ci_low` and `ci_high` of each point of
+        `COVERAGES`, equal confidences answered together; empty without labels.
+    """
+    scores, answer = score_arrays(predictions)
+    scores, answer = scores[answer >= 0], answer[answer >= 0]
+    if not len(answer):
+        return []
+    curve = calibration.coverage_curve(*calibration.confidence_and_correct(scores, answer))
+    points = []
+    for wanted in COVERAGES:
+        index = int(np.searchsorted(curve.coverage, wanted - 1e-12))
+        n, accuracy = int(curve.count[index]), float(curve.accuracy[index])
+        low, high = wilson_interval(round(accuracy * n), n)
+        points.append(
+            {
+                "coverage": float(curve.coverage[index]),
+                "n": n,
+                "accuracy": accuracy,
+                "ci_low": low,
+                "ci_high": high,
+            }
+        )
+    return points
 
 
 def fit_on(predictions: Sequence[Prediction]) -> tuple[float, int] | None:

@@ -340,7 +340,7 @@ def effects_figure(effects: Sequence[Effect], majority_accuracy: float) -> Figur
         axes.axhline(majority_accuracy, color="black", linewidth=1.2)
         axes.grid(True, axis="y", color="#E5E5E5", linewidth=0.6)
     panels[0].set_ylabel("accuracy, 95 % interval over questions")
-    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     figure.supxlabel(f"line: majority letter {100 * majority_accuracy:.1f} %", fontsize=7)
     return figure
 

@@ -238,7 +238,9 @@ class NaNGuard(Callback):
         state = {n: t for n, t in checkpoint["state_dict"].items() if t.numel()}
         if not state:
             return
-        finite = torch.stack([t.isfinite().all().to(pl_module.device) for t in state.values()]).tolist()
+        # Lightning hands the weights over on whichever device they are saved from.
+        finite = torch.stack([t.isfinite().all().to(pl_module.device) for t in state.values()])
+        finite = finite.tolist()
         if not all(finite):
             name = list(state)[finite.index(False)]
             raise TrainingError(
@@ -396,6 +398,13 @@ class GracefulStop(Callback):
         if self.checkpoints is not None:
             self.checkpoints.save_last(trainer)
         raise _StopNow
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the handlers back before Lightning takes away its own.
+
+        In `teardown` those would come back after that, and each would hold its whole run alive.
+        """
+        self._restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the handlers back."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from medqlora.schema import IGNORE, PackedBatch
 Targets = Literal["answer", "explanation"]
 
 
-@runtime_checkable
 class Loss(Protocol):
     """A loss over one packed row.
 

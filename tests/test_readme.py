@@ -1,0 +1,57 @@
+"""Every command of the README is one that the package knows."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+
+import pytest
+
+from medqlora.config import compose
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("python -m medqlora.")
+    }
+)
+
+
+def test_the_readme_shows_commands():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_composes(command):
+    words = shlex.split(command)[2:]
+    verb = words[0].removeprefix("medqlora.")
+    assert importlib.util.find_spec(words[0]) is not None
+    # Of the values that a sweep lists, the first stands for all.
+    overrides = [word.split(",")[0] for word in words[1:] if word != "-m"]
+    compose(verb, overrides)
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, re.MULTILINE))
+def test_a_make_target_of_the_readme_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_files_that_the_readme_links_to_are_there():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_table_shows_every_accuracy_with_interval_baseline_and_n():
+    table = re.search(r"```text\n(.*?)```", README, re.DOTALL)
+    assert table is not None
+    rows = [
+        line for line in table[1].splitlines() if re.search(r"\d %", line) and "Wilson" not in line
+    ]
+    assert len(rows) == 3
+    for row in rows:
+        assert re.search(r"\d+\.\d %\s+\[\d+\.\d, \d+\.\d\]\s+\d+\.\d %\s+\d+", row), row

@@ -1,0 +1,519 @@
+"""A sweep ends, tells what failed, and typed again runs only what is missing."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from lightning import Trainer
+from omegaconf import OmegaConf
+from transformers import GemmaForCausalLM
+
+from medqlora import pipeline
+from medqlora.config import CONFIG_DIR, compose
+from medqlora.entry import sweep_name
+from medqlora.errors import ConfigError
+from medqlora.evaluation import config_hash, read_run, write_metrics
+from medqlora.finetuning import MCQAModule
+from medqlora.report import report
+from medqlora.runs import find_completed, resolved, sweep_root
+from medqlora.tracking import GuardedLogger, build_loggers, check_loggers, finish_loggers
+from medqlora.train import train
+
+NAMED = sorted(path.stem for path in (CONFIG_DIR / "sweep").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def small(tiny_options, question_files) -> list[str]:
+    """A job of a second or two: one packed row."""
+    short = ["data.limit_train=8", "data.limit_val=8", "data.limit_test=16"]
+    return [*tiny_options, *short, "quant.compute_dtype=float32", "trainer.max_steps=2"]
+
+
+@pytest.fixture
+def sweep(run_command, small, tmp_path, monkeypatch):
+    """`sweep("peft=lora_r4,lora_r8")`: `train -m` in a fresh working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Any:
+        return run_command("train", "-m", *small, *words)
+
+    return run
+
+
+def statuses(folder: Path) -> dict[str, str | None]:
+    """Status of each job of a sweep; those taken over from another sweep too."""
+    return {p.name: read_run(p).status for p in sorted(folder.iterdir()) if p.is_dir()}
+
+
+def only_sweep() -> Path:
+    [folder] = Path("sweeps").iterdir()
+    return folder
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_the_same_line_gets_the_same_folder_and_another_line_another():
+    line = ["-m", "quant=nf4,none", "seed=1,2", "model=tiny_gemma"]
+    assert sweep_name(line) == sweep_name(["model=tiny_gemma", "--multirun", *line[1:3]])
+    assert sweep_name(line) == sweep_name([*line, "hydra/launcher=joblib"])
+    assert sweep_name(line) != sweep_name([*line, "data.limit_train=5"])
+    assert sweep_name(line).startswith("quant-seed-")
+    assert "/" not in sweep_name(["a/b=1,2"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "root"),
+    [("/w/sweeps/rank", "/w/sweeps"), ("/w/sweeps/2026/x", "/w/sweeps"), ("/w/mine", "/w/mine")],
+)
+def test_runs_are_looked_for_below_the_folder_of_all_sweeps_only(folder, root):
+    """Never above it: `hydra.sweep.dir=/tmp/mine` must not search /tmp."""
+    assert sweep_root(Path(folder)) == Path(root)
+
+
+# --- a real sweep ---------------------------------------------------------------------------------
+
+
+def test_the_same_line_runs_only_what_is_missing(sweep, tmp_path):
+    """The life of one sweep: a refused job, then everything done, interrupted, lost, changed."""
+    line = ("peft=lora_r4,none,lora_r8", "baselines=[base_quantized]")
+    ended = sweep(*line)
+    assert ended.code == 1
+    [error] = ended.errors
+    assert error.startswith("error: job 1: peft=none")
+    folder = only_sweep()
+    assert statuses(folder) == {"0": "completed", "1": "failed", "2": "completed"}
+    assert "peft=none" in str(read_run(folder / "1").error)
+    command = read_run(folder / "2").metrics["command"]
+    assert "peft=lora_r8" in command
+    assert "-m " not in command.replace("-m medqlora", "")
+    assert read_run(folder / "2").metrics["choices"]["peft"] == "lora_r8"
+    # The second adapter found the bare base scored already.
+    assert ended.err.count("the bare base was scored already") == 1
+    bases = [read_run(folder / job / "baselines" / "base_quantized") for job in ("0", "2")]
+    assert bases[0].metrics == bases[1].metrics
+    assert "--config-name config" in bases[0].metrics["command"]
+    before = {job: read_run(folder / job).metrics["started"] for job in ("0", "2")}
+
+    # All that could be done is done: nothing but the refused job runs.
+    again = sweep(*line)
+    assert again.code == 1
+    assert [text for text in again.err.splitlines() if text.startswith("done already: ")] == [
+        f"done already: {(folder / job).resolve()}" for job in ("0", "2")
+    ]
+    assert "training " not in again.err
+    assert {job: read_run(folder / job).metrics["started"] for job in before} == before
+
+    # One was interrupted with a checkpoint, one without.
+    for job in ("0", "2"):
+        metrics = read_run(folder / job).metrics | {"status": "interrupted"}
+        write_metrics(folder / job, metrics)
+    shutil.rmtree(folder / "2" / "checkpoints")
+    third = sweep(*line)
+    assert third.code == 1
+    assert f"going on with {(folder / '0').resolve()}" in third.err
+    assert third.err.count("training ") == 2
+    assert statuses(folder) == {"0": "completed", "1": "failed", "2": "completed"}
+    assert (folder / "2" / "adapter" / "adapter_config.json").exists()
+
+    # Another sweep takes over what this one did, and its report has it.
+    other = sweep("peft=lora_r8,lora_r16", "baselines=[]")
+    assert other.code == 0, other.err
+    [second] = [path for path in Path("sweeps").iterdir() if path != folder]
+    assert f"done already: {(folder / '2').resolve()}" in other.err
+    assert (second / "0").is_symlink()
+    ablation = report(compose("report", [f"runs={second}"]), tmp_path / "report")
+    assert sorted(s.name for s in ablation.settings if s.kind == "trained") == [
+        "lora_r16",
+        "lora_r8",
+    ]
+    assert sorted(p.name for p in (folder / "2").iterdir()) == sorted(
+        p.name for p in (folder / "0").iterdir()
+    )
+
+
+def test_a_changed_data_file_is_not_the_same_run(question_files, tmp_path):
+    """config_hash leaves the content of files out, so the file's own date decides."""
+    questions = tmp_path / "train.jsonl"
+    shutil.copy(question_files["train"], questions)
+    os.utime(questions, (1e9, 1e9))
+    cfg = compose("train", [*_overrides(question_files, questions)])
+    values = resolved(cfg)
+    run = tmp_path / "sweeps" / "a" / "0"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    write_metrics(
+        run,
+        {
+            "status": "completed",
+            "config_hash": config_hash(values),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    assert find_completed(tmp_path / "sweeps", values) == run
+    os.utime(questions, (later := time.time() + 5, later))
+    assert find_completed(tmp_path / "sweeps", values) is None
+    os.utime(questions, (1e9, 1e9))
+    moved = {**values, "data": {**values["data"], "train_file": question_files["val"]}}
+    assert config_hash(moved) == config_hash(values)
+    assert find_completed(tmp_path / "sweeps", moved) is None
+
+
+def _overrides(files: dict[str, str], train_file: Path) -> list[str]:
+    return ["data=files", f"data.train_file={train_file}", f"data.val_file={files['val']}"]
+
+
+def test_a_folder_with_another_config_is_kept_and_the_job_goes_beside_it(sweep):
+    first = sweep("seed=1", "hydra.sweep.dir=sweeps/mine", "peft=lora_r4")
+    second = sweep("seed=1", "hydra.sweep.dir=sweeps/mine", "peft=lora_r8")
+    assert (first.code, second.code) == (0, 0), second.err
+    assert statuses(Path("sweeps/mine")) == {"0": "completed", "0-2": "completed"}
+    assert read_run("sweeps/mine/0").config["peft"]["r"] == 4
+    assert read_run("sweeps/mine/0-2").config["peft"]["r"] == 8
+    assert all((Path("sweeps/mine") / job / "train.log").exists() for job in ("0", "0-2"))
+
+
+def test_a_job_under_way_elsewhere_is_left_alone(sweep):
+    """Two terminals with the same line share the work instead of spoiling it."""
+    folder = Path("sweeps/mine/0")
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = sweep("peft=lora_r4,lora_r8", "hydra.sweep.dir=sweeps/mine")
+    assert ended.code == 1
+    [error] = ended.errors
+    assert "under way in another process" in error
+    assert read_run("sweeps/mine/1").status == "completed"
+
+
+# --- named sweeps ---------------------------------------------------------------------------------
+
+
+def jobs_of(name: str) -> list[list[str]]:
+    """The overrides of every job of a named sweep."""
+    params = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "sweep" / f"{name}.yaml"))[  # type: ignore[index]
+        "hydra"
+    ]["sweeper"]["params"]
+    columns = []
+    for key, value in params.items():
+        text = str(value)
+        values = [text] if text.startswith("[") else text.split(",")
+        columns.append([f"{key}={item}" for item in values])
+    return [list(job) for job in itertools.product(*columns)]
+
+
+def test_the_named_sweeps_of_the_contract_are_there():
+    assert set(NAMED) >= {
+        "quantization",
+        "rank",
+        "peft_methods",
+        "optimizer_scheduler",
+        "learning_rate",
+        "data_size",
+        "reference_study",
+    }
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_job_of_a_named_sweep_can_be_made(name):
+    """One seed each: composed, checked as before training, all with different config hashes."""
+    config = OmegaConf.load(CONFIG_DIR / "sweep" / f"{name}.yaml")
+    assert config.hydra.mode == "MULTIRUN"
+    assert config.hydra.sweep.dir == f"sweeps/{name}"
+    jobs = [job for job in jobs_of(name) if "seed=1" in job]
+    assert len(jobs) > 1
+    hashes = set()
+    for job in jobs:
+        cfg = compose("train", [f"sweep={name}", "trainer=cpu", *job])
+        pipeline.check(cfg)
+        hashes.add(config_hash(resolved(cfg)))
+    assert len(hashes) == len(jobs)
+
+
+def test_a_named_sweep_needs_no_m_and_its_values_can_be_given(
+    run_command, small, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    ended = run_command("train", "sweep=rank", "peft=lora_r4", "seed=1,2", *small)
+    assert ended.code == 0, ended.err
+    assert statuses(Path("sweeps/rank")) == {"0": "completed", "1": "completed"}
+    command = read_run("sweeps/rank/1").metrics["command"]
+    assert "peft=lora_r4" in command
+    assert "seed=2" in command
+    assert "sweep=" not in command
+    assert read_run("sweeps/rank/1").metrics["choices"]["sweep"] == "rank"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def _grown(small: list[str], folder: Path, jobs: int, warm_up: int) -> float:
+    """Megabytes that the process grew by after the first jobs; no model is left."""
+    process, first = psutil.Process(), 0.0
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    there = _models()
+    for job in range(jobs):
+        overrides = [*small, f"seed={job}", f"peft=lora_r{(4, 8, 16)[job % 3]}"]
+        train(compose("train", overrides), folder / str(job))
+        gc.collect()
+        if job == warm_up - 1:
+            first = process.memory_info().rss
+    assert _models() == there
+    # A handler that is left behind holds its whole run, out of the garbage collector's sight.
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    return (process.memory_info().rss - first) / 1e6
+
+
+def _models() -> int:
+    return sum(type(o) in (GemmaForCausalLM, MCQAModule, Trainer) for o in gc.get_objects())
+
+
+def test_twenty_jobs_in_one_process_leave_no_memory_behind(small, tmp_path, capsys):
+    """One job's models and optimiser take several megabytes."""
+    assert _grown(small, tmp_path, jobs=20, warm_up=8) < 20
+
+
+@pytest.mark.slow
+def test_a_hundred_jobs_in_one_process_leave_no_memory_behind(small, tmp_path, capsys):
+    assert _grown(small, tmp_path, jobs=100, warm_up=20) < 20
+
+
+# --- Weights & Biases -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """Records of a `.wandb` file: LevelDB's log format behind a head of seven bytes.
+
+    References:
+        https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    data = file.read_bytes()
+    assert data[:4] == b":W&B"
+    place, whole, size = 7, b"", 32768
+    while place + 7 <= len(data):
+        if size - place % size < 7:
+            place += size - place % size
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield whole
+            whole = b""
+
+
+def read_wandb(run_dir: Path) -> dict[str, Any]:
+    """What the offline file of a run says, as `wandb sync` would read it."""
+    from wandb.proto import wandb_internal_pb2
+
+    [file] = run_dir.glob("wandb/offline-run-*/*.wandb")
+    found: dict[str, Any] = {"history": [], "exit_code": None}
+    for data in wandb_records(file):
+        record: Any = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found["run"] = record.run
+        elif kind == "exit":
+            found["exit_code"] = record.exit.exit_code
+        elif kind == "history":
+            items = record.history.item
+            row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+            found["history"].append(row)
+    return found
+
+
+@pytest.fixture
+def private_wandb(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    yield monkeypatch
+    import wandb
+
+    wandb.teardown()
+
+
+def test_a_sweep_is_one_group_and_every_job_a_finished_run_of_its_own(sweep, private_wandb):
+    """Without a key the runs are kept offline, with the exit code of each ending."""
+    ended = sweep("optimizer.lr=1e-4,.nan", "peft=lora_r4", "logger=wandb")
+    assert ended.code == 1
+    folder = only_sweep()
+    assert statuses(folder) == {"0": "completed", "1": "failed"}
+    first, second = (read_wandb(folder / job) for job in ("0", "1"))
+    assert first["run"].run_id != second["run"].run_id
+    for found, job, code in ((first, "0", 0), (second, "1", 1)):
+        run = found["run"]
+        assert run.run_group == folder.name
+        assert run.display_name == f"{folder.name}-{job}"
+        assert set(run.tags) >= {"peft=lora_r4", "data=files"}
+        assert found["exit_code"] == code
+        config = {item.key: json.loads(item.value_json) for item in run.config.update}
+        config.pop("_wandb", None)
+        saved = read_run(folder / job).config
+        assert set(config) == set(saved) - {"hydra", "defaults"}
+        assert config["peft"] == saved["peft"]
+        # `wandb sync` names the folder it is given: it must be there and hold that one run.
+        [offline] = (folder / job / "wandb").glob("offline-run-*")
+        assert offline.name.endswith(run.run_id)
+    last = first["history"][-1]
+    assert last["final/test/accuracy"] == read_run(folder / "0").metrics["test"]["accuracy"]
+    assert last["final/test/majority_accuracy"] > 0
+
+
+def test_an_unreachable_server_keeps_the_run_offline(small, tmp_path, private_wandb, unused_port):
+    import wandb
+
+    private_wandb.setenv("WANDB_API_KEY", "0" * 40)
+    private_wandb.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused_port}")
+    settings = wandb.Settings
+
+    def impatient(**options: Any) -> Any:
+        return settings(**{**options, "init_timeout": 3})
+
+    private_wandb.setattr(wandb, "Settings", impatient)
+    train(compose("train", [*small, "logger=wandb", "peft=lora_r4"]), tmp_path / "run")
+    assert read_run(tmp_path / "run").status == "completed"
+    assert read_wandb(tmp_path / "run")["exit_code"] == 0
+
+
+@pytest.mark.parametrize("moment", ["start", "in the middle", "end"])
+def test_a_full_disk_under_wandb_never_stops_training(
+    moment, small, tmp_path, private_wandb, caplog
+):
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    finish = wandb.Run.finish
+    if moment == "start":
+        private_wandb.setattr(wandb, "init", full)
+    elif moment == "in the middle":
+        private_wandb.setattr(WandbLogger, "log_metrics", full)
+    else:
+        private_wandb.setattr(wandb.Run, "finish", full)
+    with caplog.at_level(logging.WARNING):
+        train(compose("train", [*small, "logger=wandb", "peft=lora_r4"]), tmp_path / "run")
+    if moment != "start" and wandb.run is not None:
+        finish(wandb.run)
+    assert read_run(tmp_path / "run").status == "completed"
+    warnings = [r.getMessage() for r in caplog.records if "W&B failed" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "No space left" in warnings[0]
+
+
+# --- loggers --------------------------------------------------------------------------------------
+
+
+class _Breaks:
+    """A service that fails after some calls."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+        self.asked = 0
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        self.asked += 1
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError("gone\naway")
+
+    def save(self) -> None: ...
+
+
+def test_a_logger_that_fails_is_one_warning_and_is_not_asked_again(caplog):
+    inner: Any = _Breaks(2)
+    ended: list[int] = []
+    logger = GuardedLogger("Service", lambda: inner, lambda _, code: ended.append(code))
+    for step in range(6):
+        logger.log_metrics({"a": 1.0}, step)
+    assert inner.asked == 3
+    [record] = caplog.records
+    assert record.getMessage() == "Service failed and the run goes on without it: gone away"
+    finish_loggers([logger], 0)
+    assert ended == []
+
+
+def test_a_logger_is_ended_with_the_exit_code_of_the_run():
+    ended: list[int] = []
+    logger = GuardedLogger("S", lambda: _Breaks(99), lambda _, code: ended.append(code))  # type: ignore[arg-type,return-value]
+    finish_loggers([logger], 3)  # never started: nothing to end
+    logger = GuardedLogger("S", lambda: _Breaks(99), lambda _, code: ended.append(code))  # type: ignore[arg-type,return-value]
+    logger.log_metrics({"a": 1.0}, 0)
+    finish_loggers([logger], 130)
+    finish_loggers([logger], 0)
+    assert ended == [130]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_a_logger_whose_package_is_missing_is_refused_before_anything_is_loaded(name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    cfg = compose("train", [f"logger={name}"])
+    with pytest.raises(ConfigError, match=f"pip install {name}"):
+        check_loggers(OmegaConf.to_container(cfg.logger))  # type: ignore[arg-type]
+
+
+def test_an_unknown_mode_of_wandb_is_refused():
+    with pytest.raises(ConfigError, match="auto, online, offline, disabled"):
+        check_loggers({"wandb": {"mode": "onlin"}})
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_further_loggers_hold_the_metrics(name, tmp_path):
+    pytest.importorskip(name, reason=f"{name} is not installed: an optional logger")
+    cfg = compose("train", [f"logger={name}"])
+    loggers = pipeline.make(
+        cfg.logger, run_dir=tmp_path, run_config=resolved(cfg), group="g", tags=["quant=nf4"]
+    )
+    for step in range(3):
+        for logger in loggers:
+            logger.log_metrics({"val/accuracy": 0.1 * step}, step)
+    finish_loggers(loggers, 0)
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        values = [event.value for event in events.Scalars("val/accuracy")]
+    else:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(f"file:{tmp_path / 'mlruns'}")
+        [experiment] = [e for e in client.search_experiments() if e.name == "medqlora"]
+        [run] = client.search_runs([experiment.experiment_id])
+        assert (run.info.status, run.data.tags["sweep"]) == ("FINISHED", "g")
+        history = client.get_metric_history(run.info.run_id, "val/accuracy")
+        values = [metric.value for metric in history]
+    assert [math.isclose(v, 0.1 * i, abs_tol=1e-6) for i, v in enumerate(values)] == [True] * 3
+
+
+def test_without_options_there_is_the_csv_file_alone(tmp_path):
+    [logger] = build_loggers(run_dir=tmp_path, run_config={})
+    assert type(logger).__name__ == "RunCSVLogger"
