@@ -350,7 +350,7 @@ def answer(
     for entry in asked:
         found = entry.error if entry.question is None else next(answers)
         if isinstance(found, Prediction):
-            scores = apply_temperature(np.array(found.scores), temperature)
+            scores = apply_temperature(np.array([found.scores]), temperature)[0]
             letters = LETTERS[: len(scores)]
             yield {
                 "row": entry.row,

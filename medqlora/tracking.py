@@ -313,11 +313,11 @@ def _start_mlflow(
     pairs = dict(tag.split("=", 1) for tag in tags if "=" in tag)
     options = dict(options)
     experiment = options.pop("experiment_name", None) or "medqlora"
+    address = options.pop("tracking_uri", None) or os.environ.get("MLFLOW_TRACKING_URI")
     logger = MLFlowLogger(
         experiment_name=experiment,
         run_name=name,
-        tracking_uri=options.pop("tracking_uri", None) or os.environ.get("MLFLOW_TRACKING_URI"),
-        save_dir=str(run_dir / "mlruns"),
+        tracking_uri=address or "sqlite:///mlflow.db",
         tags=pairs | ({"sweep": group} if group else {}),
         **options,
     )

@@ -50,7 +50,9 @@ def test_the_table_shows_every_accuracy_with_interval_baseline_and_n():
     table = re.search(r"```text\n(.*?)```", README, re.DOTALL)
     assert table is not None
     rows = [
-        line for line in table[1].splitlines() if re.search(r"\d %", line) and "Wilson" not in line
+        line
+        for line in table[1].splitlines()
+        if re.search(r"\d\.\d %", line) and "Wilson" not in line
     ]
     assert len(rows) == 3
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -21,6 +22,7 @@ from medqlora.evaluation.ablation import (
     read_sweep,
     setting_interval,
 )
+from medqlora.evaluation.sweep_figures import label_places
 from medqlora.report import PUBLISHED_DIR, latex_tables, report, summary
 from tests.browser import MISSING, Browser
 from tests.fake_runs import PEFTS, QUANTS, base_config, make_questions, write_run, write_sweep
@@ -168,6 +170,24 @@ def test_nothing_beats_a_point_of_the_pareto_front(costs, gains, expected):
         for j, (cost, gain) in enumerate(zip(costs, gains, strict=True)):
             if cost is not None and j != i:
                 assert not (cost <= costs[i] and gain > gains[i])
+
+
+def test_labels_cover_neither_points_nor_one_another():
+    points = [(50.0, 50.0), (53.0, 50.0), (56.0, 52.0), (290.0, 50.0), (150.0, 80.0)]
+    widths = [60.0, 60.0, 60.0, 80.0, 500.0]
+    places = label_places(points, widths, (0, 300))
+    assert places[4] is None  # wider than the plot
+    assert places[3] is not None
+    assert places[3][2]  # at the right end it goes to the left
+    boxes = []
+    for place, width in zip(places, widths, strict=True):
+        if place is not None:
+            start = place[0] - width if place[2] else place[0]
+            boxes.append((start, place[1] - 10, start + width, place[1] + 2))
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    for box, (x, y) in itertools.product(boxes, points):
+        assert not (box[0] < x < box[2] and box[1] < y < box[3])
 
 
 def test_comparisons_are_paired_with_the_bare_base_and_corrected(ablation):

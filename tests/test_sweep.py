@@ -486,8 +486,9 @@ def test_an_unknown_mode_of_wandb_is_refused():
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
-def test_further_loggers_hold_the_metrics(name, tmp_path):
+def test_further_loggers_hold_the_metrics(name, tmp_path, monkeypatch):
     pytest.importorskip(name, reason=f"{name} is not installed: an optional logger")
+    monkeypatch.chdir(tmp_path)
     cfg = compose("train", [f"logger={name}"])
     loggers = pipeline.make(
         cfg.logger, run_dir=tmp_path, run_config=resolved(cfg), group="g", tags=["quant=nf4"]
@@ -505,7 +506,7 @@ def test_further_loggers_hold_the_metrics(name, tmp_path):
     else:
         from mlflow.tracking import MlflowClient
 
-        client = MlflowClient(f"file:{tmp_path / 'mlruns'}")
+        client = MlflowClient("sqlite:///mlflow.db")
         [experiment] = [e for e in client.search_experiments() if e.name == "medqlora"]
         [run] = client.search_runs([experiment.experiment_id])
         assert (run.info.status, run.data.tags["sweep"]) == ("FINISHED", "g")

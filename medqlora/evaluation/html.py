@@ -22,12 +22,16 @@ from medqlora.evaluation.sweep_figures import (
     UNKNOWING,
     Value,
     curves,
+    label_places,
     milliseconds,
     num_trainable,
     subject_table,
     weight_gb,
 )
 from medqlora.evaluation.tables import SMALL, UNKNOWN
+
+MAX_LABELS = 8
+"""Points of a scatter that all have a label; of more, those of the Pareto front."""
 
 _PAGE = Path(__file__).parent / "page"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -460,11 +464,12 @@ def _scatter(page: _Page, settings: Sequence[Setting], value: Value, xlabel: str
     for place, (cost, setting) in enumerate(points):
         more = f"{xlabel}: {_count(cost)}" + ("; on the Pareto front" if place in on_front else "")
         axes.parts.append(_point(page, axes, setting, axes.px(cost), setting.accuracy, more))
-    if len(points) <= 8:
-        for cost, setting in points:
-            x, y = axes.px(cost), axes.py(setting.accuracy)
-            near = x > axes.left + 0.62 * (axes.right - axes.left)
-            axes.text(x - 8 if near else x + 8, y - 6, setting.name, "end" if near else "start")
+    pixels = [(axes.px(cost), axes.py(setting.accuracy)) for cost, setting in points]
+    widths = [5.9 * len(setting.name) for _, setting in points]
+    places = label_places(pixels, widths, (axes.left, axes.right))
+    for i, (spot, (_, setting)) in enumerate(zip(places, points, strict=True)):
+        if spot is not None and (len(points) <= MAX_LABELS or i in on_front):
+            axes.text(spot[0], spot[1], setting.name, "end" if spot[2] else "start", "soft")
     return (
         f"<figure><h3>Accuracy (%) against {escape(xlabel)}</h3>{axes.svg(xlabel)}"
         f"<figcaption>Bars: 95 % interval. Line: majority letter {100 * majority:.1f} %. Dashed: "

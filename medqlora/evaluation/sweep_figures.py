@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -83,6 +84,43 @@ def curves(run: RunResult) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
+def label_places(
+    points: Sequence[tuple[float, float]],
+    widths: Sequence[float],
+    bounds: tuple[float, float],
+    height: float = 12,
+) -> list[tuple[float, float, bool] | None]:
+    """Where labels of points go so that none covers another or a point.
+
+    Args:
+        points: Places in pixels, y downwards.
+        widths: Width of each label in pixels.
+        bounds: Left and right end of the plot.
+        height: Height of a label.
+
+    Returns:
+        For each point the label's start, its baseline and whether it ends there instead of
+        starting; None where there is no room.
+    """
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    places: list[tuple[float, float, bool] | None] = []
+    for (x, y), width in zip(points, widths, strict=True):
+        place = None
+        for below, left in ((False, False), (False, True), (True, False), (True, True)):
+            start = x - 7 - width if left else x + 7
+            base = y + 5 + height if below else y - 5
+            box = (start, base - height, start + width, base)
+            free = bounds[0] <= box[0] and box[2] <= bounds[1]
+            if free and not any(
+                box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
+            ):
+                taken.append(box)
+                place = (x - 7 if left else x + 7, base - 2, left)
+                break
+        places.append(place)
+    return places
+
+
 def cost_figure(
     settings: Sequence[Setting], value: Value, xlabel: str, split: str = "test"
 ) -> Figure:
@@ -130,15 +168,6 @@ def cost_figure(
         drawstyle="steps-post",
         label="Pareto front",
     )
-    labelled = range(len(shown)) if len(shown) <= MAX_COLUMNS else front
-    for i in labelled:
-        axes.annotate(
-            shown[i][1].name,
-            (costs[i], shown[i][1].accuracy),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=7,
-        )
     _baseline(axes, shown[0][1].majority_accuracy, horizontal=True)
     if min(costs) > 0 and max(costs) / min(costs) > 20:
         axes.set_xscale("log")
@@ -147,7 +176,22 @@ def cost_figure(
     _percent_axes(axes, "y")
     axes.grid(True, axis="x", color="#E5E5E5", linewidth=0.6)
     _legend_below(figure, axes)
+    _label_points(figure, axes, shown)
     return figure
+
+
+def _label_points(figure: Figure, axes: Axes, shown: Sequence[tuple[float, Setting]]) -> None:
+    figure.draw_without_rendering()  # the layout settles where the points are
+    height = figure.bbox.height
+    pixels = axes.transData.transform([(cost, s.accuracy) for cost, s in shown])
+    points = [(float(x), height - float(y)) for x, y in pixels]
+    # 7 points at the screen's 100 dots an inch: a letter is about 5.4 pixels wide.
+    widths = [5.4 * len(s.name) for _, s in shown]
+    bounds = (float(axes.bbox.x0), float(axes.bbox.x1))
+    for place, (_, setting) in zip(label_places(points, widths, bounds), shown, strict=True):
+        if place is not None:
+            x, y = axes.transData.inverted().transform((place[0], height - place[1]))
+            axes.text(x, y, setting.name, fontsize=7, ha="right" if place[2] else "left")
 
 
 def learning_figure(

@@ -41,17 +41,17 @@ def test_throughput_leaves_out_the_first_rows_and_validation(make_module, make_t
     class Slow(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 0:
-                time.sleep(0.5)
+                time.sleep(3)
 
         def on_validation_batch_start(self, *args):
-            time.sleep(0.5)
+            time.sleep(3)
 
     throughput = Throughput(warmup_steps=2)
     trainer = make_trainer(
         max_epochs=2, callbacks=[Slow(), throughput], limit_val_batches=1, val_check_interval=3
     )
     trainer.fit(make_module(), Rows(rows))
-    assert throughput.seconds < 0.5
+    assert throughput.seconds < 3
 
 
 def test_rates_are_none_before_the_clock_starts(make_module, make_trainer, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -66,6 +67,15 @@ def test_lookup_reads_the_rows_it_is_asked_for_in_any_shape(table, data_type):
 
 @pytest.mark.parametrize("data_type", ["int8", "nf4"])
 def test_lookup_compiles_as_one_graph(table, data_type):
+    # The compiler cannot look into the shape checks that the test run puts around every function.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        check_one_graph(table, data_type)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def check_one_graph(table, data_type):
     embedding = filled(table, data_type=data_type)
     ids = torch.tensor([5, 299, 0])
     compiled = torch.compile(embedding, backend="aot_eager", fullgraph=True)
@@ -79,10 +89,11 @@ def test_chunked_logits_and_their_gradient_are_those_of_one_product(table, chunk
     plain = hidden.detach().clone().requires_grad_()
     expected = plain @ embedding.dequantize().T
     logits = chunked_logits(hidden, embedding, chunk_size)
-    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
     logits.logsumexp(-1).sum().backward()
     expected.logsumexp(-1).sum().backward()
-    torch.testing.assert_close(hidden.grad, plain.grad)
+    # Sums of 300 terms of order one in float32, in another order.
+    torch.testing.assert_close(hidden.grad, plain.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_chunked_logits_of_a_plain_embedding_are_the_same_product(table):
