@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medqlora.config import CONFIG_DIR
-from medqlora.errors import MedQLoRAError
+from medqlora.errors import ConfigError, MedQLoRAError
 
 log = logging.getLogger("medqlora")
 
@@ -118,6 +118,10 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                     raise
                 if not exit_codes:
                     exit_codes.append(_report(error))
+            except OSError as error:  # the folder's or its log's: a job reports its own
+                if show_traceback:
+                    raise
+                exit_codes.append(_report(_no_folder(error)))
             finally:
                 if not show_traceback:
                     os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -222,6 +226,13 @@ def _report(error: BaseException, place: str = "") -> int:
 def _keeps_log() -> bool:
     """Verbs that only print set `hydra.run.dir=.` and leave no file behind."""
     return HydraConfig.get().run.dir != "." or is_sweep()
+
+
+def _no_folder(error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the run folder cannot be made or written ({error.strerror}: {error.filename}). Give "
+        "another one with hydra.run.dir=DIR, for a sweep with hydra.sweep.dir=DIR."
+    )
 
 
 def _remove_if_unused(run_dir: Path, log_name: str) -> None:

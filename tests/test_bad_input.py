@@ -185,6 +185,11 @@ def test_a_gpu_that_is_not_there_is_refused(run_command, tiny_options, tmp_path)
     assert_refused(ended, tmp_path / "run", ["trainer=gpu", "trainer=cpu", "doctor"])
 
 
+def test_a_run_folder_that_cannot_be_made_is_refused(run_command, tiny_options):
+    ended = run_command("train", *tiny_options, "hydra.run.dir=/dev/null/run")
+    assert_refused(ended, Path("/dev/null/run"), ["/dev/null", "hydra.run.dir=DIR"])
+
+
 def test_a_folder_that_holds_a_run_is_never_overwritten(run_command, tiny_options, tmp_path):
     options = [*tiny_options, "trainer.max_steps=1", "data.val_file=null", "data.test_file=null"]
     first = run_command("train", *options, f"hydra.run.dir={tmp_path}/run")
