@@ -28,7 +28,7 @@ from medqlora.errors import ModelError
 from medqlora.evaluation import wilson_interval
 from medqlora.evaluation.results import replace_file
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("medqlora.audit")  # under `python -m` the name would be __main__
 
 SUMMARY_FILE = "audit.json"
 FINDINGS_FILE = "audit.parquet"

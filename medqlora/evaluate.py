@@ -79,7 +79,7 @@ from medqlora.runs import (
 )
 from medqlora.schema import LETTERS
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("medqlora.evaluate")  # under `python -m` the name would be __main__
 
 _FROM_RUN = ("data", "prompt", "model", "quant", "peft", "seed")
 _SPLITS = ("train", "val", "test")

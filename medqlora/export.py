@@ -38,12 +38,19 @@ from medqlora.evaluation.tables import (
 )
 from medqlora.finetuning import merge_adapter
 from medqlora.finetuning.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FULL_WEIGHTS
-from medqlora.hub import BUNDLED, hub_error, offline_unless_reachable, resolve_path
+from medqlora.hub import (
+    BUNDLED,
+    display_name,
+    hub_error,
+    is_hub_name,
+    offline_unless_reachable,
+    resolve_path,
+)
 from medqlora.quantization import QuantConfig, dequantize
 from medqlora.runs import describe, free_memory
 from medqlora.schema import Prediction, Question
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("medqlora.export")
 
 FORMATS = ("merged", "adapter")
 
@@ -365,7 +372,8 @@ def write_card(folder: Path, run: RunResult, format: str, change: Change | None)
 def card(run: RunResult, format: str, change: Change | None) -> str:
     """The model card, Markdown with the hub's front matter; every number is read from the run."""
     config = run.config or {}
-    base, name = str(config["model"]["path"]), base_name(config)
+    base = str(config["model"]["path"])
+    name = display_name(base)
     parts = [
         _front_matter(run, format, base),
         f"# {name}, {describe(config)}, on {run.metrics['data']['name']}\n",
@@ -413,16 +421,6 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 
 
-def base_name(config: Mapping[str, Any]) -> str:
-    """Name of the base for a reader: of a folder its own name, not where it lies."""
-    path = str(config["model"]["path"])
-    return path if _is_hub_name(path) else Path(path.removeprefix(BUNDLED)).name
-
-
-def _is_hub_name(path: str) -> bool:
-    return not path.startswith((BUNDLED, "/", ".", "~")) and not Path(path).is_dir()
-
-
 def _is_gemma(run: RunResult) -> bool:
     """Whether the base is Google's: the bundled model has only its architecture."""
     return not str((run.config or {})["model"]["path"]).startswith(BUNDLED)
@@ -431,7 +429,7 @@ def _is_gemma(run: RunResult) -> bool:
 def _front_matter(run: RunResult, format: str, base: str) -> str:
     lines = ["---", f"library_name: {'peft' if format == 'adapter' else 'transformers'}"]
     lines.append(f"license: {'gemma' if _is_gemma(run) else 'mit'}")
-    if _is_hub_name(base):
+    if is_hub_name(base):
         lines += [f"base_model: {json.dumps(base)}"]
         relation = "adapter" if format == "adapter" else "finetune"
         lines += [f"base_model_relation: {relation}"]
@@ -481,7 +479,10 @@ def _method(run: RunResult) -> str:
     config, metrics = run.config or {}, run.metrics
     train, model = metrics["train"], metrics["model"]
     rows = [
-        ("base", f"{base_name(config)}, revision {model['revision'] or 'of the folder'}"),
+        (
+            "base",
+            f"{display_name(str(config['model']['path']))}, revision {model['revision'] or 'of the folder'}",
+        ),
         ("storage of the base", _options(config["quant"], _QUANT_KEYS)),
         ("adapter", _options(config.get("peft"), _PEFT_KEYS)),
         ("trained weights", f"{model['num_trainable'] or 0:,} of {model['num_parameters'] or 0:,}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import constants, get_session
 from huggingface_hub import errors as hub
@@ -27,6 +28,16 @@ def resolve_path(path: str) -> str:
     if not path.startswith(BUNDLED):
         return path
     return str(config.ASSETS_DIR / path.removeprefix(BUNDLED))
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path names a model of the hub: nothing bundled and no folder of this machine."""
+    return not path.startswith((BUNDLED, "/", ".", "~")) and not Path(path).is_dir()
+
+
+def display_name(path: str) -> str:
+    """Name of a model for a reader: of a folder its own name, not where it lies."""
+    return path if is_hub_name(path) else Path(path.removeprefix(BUNDLED)).name
 
 
 def hub_error(

@@ -14,56 +14,25 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from medqlora import pipeline
-from medqlora.data.medmcqa import OPTION_COLUMNS, REQUIRED_COLUMNS, parse_rows
-from medqlora.data.readers import STDIN, RawRows
-from medqlora.entry import command, one_line
-from medqlora.errors import CheckpointError, ConfigError, DataError, MedQLoRAError
-from medqlora.evaluation import apply_temperature, fit_temperature, read_predictions
+from medqlora.answering import answer, check_row, run_temperature
+from medqlora.data.medmcqa import REQUIRED_COLUMNS
+from medqlora.data.readers import STDIN
+from medqlora.entry import command
+from medqlora.errors import ConfigError, DataError, MedQLoRAError
 from medqlora.hub import resolve_path
-from medqlora.schema import LETTERS, Prediction, Question
 
 FORMATS = (".jsonl", ".csv", ".jsonl.gz", ".csv.gz")
 """File name endings that are read as a stream."""
 
 CELL_LIMIT = 1_000_000
 """Characters of a CSV cell: a quote that is never closed must not swallow the rest of the file."""
-
-_USED_COLUMNS = (
-    *dict.fromkeys((*REQUIRED_COLUMNS, *OPTION_COLUMNS)),
-    "id",
-    "subject_name",
-    "choice_type",
-    "topic_name",
-)
-"""Everything else in a row, a label and an explanation above all, is not looked at."""
-
-_THIS = "this row"
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One row of the input: a question, or why it is none.
-
-    Attributes:
-        row: Row number from 1; for JSON lines the line, for CSV without the header.
-        id: The row's own id, None where it has none.
-        question: The question; None for a bad row.
-        error: One line about a bad row.
-    """
-
-    row: int
-    id: str | int | None
-    question: Question | None
-    error: str | None = None
 
 
 def predict(cfg: DictConfig, out: TextIO) -> None:
@@ -104,38 +73,6 @@ def predict(cfg: DictConfig, out: TextIO) -> None:
             f"{bad} of {total} rows could not be answered; each has its error in its place of the "
             "output. Correct those rows and ask them again."
         )
-
-
-def run_temperature(run_dir: str | Path, choice: str | None) -> float:
-    """Temperature that the scores are divided by.
-
-    Args:
-        run_dir: The run folder.
-        choice: None for 1; "run" for the one that fits the run's val predictions best.
-
-    Raises:
-        ConfigError: If `choice` is neither.
-        CheckpointError: If the run has no labelled val predictions to fit one on.
-    """
-    if choice is None:
-        return 1.0
-    if choice != "run":
-        raise ConfigError(
-            f"temperature={choice} is unknown. Choose run, or null for scores as they are."
-        )
-    found: list[Prediction] = []
-    with contextlib.suppress(ConfigError):  # no such split
-        found = read_predictions(run_dir, "val")
-    found = [prediction for prediction in found if prediction.answer is not None]
-    if not found:
-        raise CheckpointError(
-            f"{run_dir} has no labelled val predictions to fit a temperature on. Set "
-            "temperature=null, or train with val questions."
-        )
-    return fit_temperature(
-        np.array([prediction.scores for prediction in found]),
-        np.array([prediction.answer for prediction in found]),
-    )
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -280,100 +217,6 @@ def in_blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         raise
     if block:
         yield block
-
-
-def check_row(row: int, record: Mapping[str, Any] | str, num_options: int) -> Asked:
-    """Make a question of a row, or say why it is none.
-
-    Args:
-        row: Row number.
-        record: Its fields by raw name, or why it could not be read.
-        num_options: Options that the run answers with.
-    """
-    if isinstance(record, str):
-        return Asked(row, None, None, record)
-    fields = {key: record[key] for key in _USED_COLUMNS if key in record}
-    own = fields.get("id")
-    if own is None or own == "" or own != own:
-        fields.pop("id", None)
-        own = None
-    name = own if isinstance(own, str | int) and not isinstance(own, bool) else None
-    raw = RawRows(_THIS, {key: [value] for key, value in fields.items()})
-    findings = []
-    try:
-        (question,) = parse_rows({"row": raw}, findings=findings)["row"]
-    except DataError as error:
-        return Asked(row, name, None, _about_this(one_line(error)))
-    if findings:
-        return Asked(row, name, None, _about_this(findings[0].detail))
-    if not question.stem.strip():
-        return Asked(row, name, None, "question is empty: write a text.")
-    if empty := [
-        column
-        for column, text in zip(OPTION_COLUMNS, question.options, strict=False)
-        if not text.strip()
-    ]:
-        return Asked(row, name, None, f"{empty[0]} is empty: write a text.")
-    if len(question.options) != num_options:
-        return Asked(
-            row,
-            name,
-            None,
-            f"the row has {len(question.options)} options, and this run answers with "
-            f"{num_options} letters: give as many.",
-        )
-    return Asked(row, name, replace(question, answer=None, explanation=None))
-
-
-def _about_this(message: str) -> str:
-    return message.replace(f"{_THIS}, row 1", _THIS)
-
-
-# --- answers --------------------------------------------------------------------------------------
-
-
-def answer(
-    run: pipeline.LoadedRun, asked: Sequence[Asked], temperature: float = 1.0
-) -> Iterator[dict[str, Any]]:
-    """The output lines of a block of rows, in order.
-
-    Args:
-        run: What answers.
-        asked: Rows, bad ones among them.
-        temperature: Divides the log-probabilities before they are normalised again.
-
-    Yields:
-        `row`, `id`, `prediction` (a letter), `index` and `probabilities` by letter; or `row`, `id`
-        and `error`.
-    """
-    answers = iter(_answers(run, [entry.question for entry in asked if entry.question]))
-    for entry in asked:
-        found = entry.error if entry.question is None else next(answers)
-        if isinstance(found, Prediction):
-            scores = apply_temperature(np.array([found.scores]), temperature)[0]
-            letters = LETTERS[: len(scores)]
-            yield {
-                "row": entry.row,
-                "id": entry.id,
-                "prediction": letters[found.prediction],
-                "index": found.prediction,
-                "probabilities": dict(zip(letters, np.exp(scores).tolist(), strict=True)),
-            }
-        else:
-            yield {"row": entry.row, "id": entry.id, "error": found}
-
-
-def _answers(run: pipeline.LoadedRun, questions: Sequence[Question]) -> list[Prediction | str]:
-    """Predictions in order; a question that the run refuses is found by halving the block."""
-    if not questions:
-        return []
-    try:
-        return list(run.predict(questions))
-    except (ConfigError, DataError) as error:
-        if len(questions) == 1:
-            return [one_line(error)]
-    middle = len(questions) // 2
-    return _answers(run, questions[:middle]) + _answers(run, questions[middle:])
 
 
 @command("predict")

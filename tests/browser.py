@@ -61,6 +61,22 @@ class Browser:
         """Open a file."""
         self._post("/url", url=path.resolve().as_uri())
 
+    def visit(self, url: str) -> None:
+        """Open an address."""
+        self._post("/url", url=url)
+
+    def press(self, key: str, code: int, *, ctrl: bool = False) -> None:
+        """Press a key that has no text, such as Tab or Enter; `code` is its virtual key code."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.devtools(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                modifiers=2 * ctrl,
+            )
+
     def run(self, script: str, *arguments: Any) -> Any:
         """The value of a script's `return`."""
         return self._post("/execute/sync", script=script, args=list(arguments))

@@ -12,11 +12,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "medqlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"schema", "errors", "config", "hub", "assets"},
+    0: {"schema", "errors", "config", "hub", "assets", "processes"},
     1: {"data", "quantization", "acceleration", "evaluation", "tracking"},
     2: {"finetuning"},
-    3: {"pipeline", "entry", "runs", "budget"},
-    4: {"train", "evaluate", "predict", "benchmark", "export", "report", "audit", "doctor"},
+    3: {"pipeline", "entry", "runs", "budget", "answering", "web"},
+    4: {
+        "train",
+        "evaluate",
+        "predict",
+        "serve",
+        "benchmark",
+        "export",
+        "report",
+        "audit",
+        "doctor",
+    },
 }
 """Parts of the package by layer; the last one holds a file for each verb."""
 
@@ -27,6 +37,10 @@ SAME_LAYER = {
     ("runs", "entry"),
     ("budget", "pipeline"),
     ("budget", "runs"),
+    ("answering", "pipeline"),
+    ("answering", "entry"),
+    ("web", "answering"),
+    ("web", "entry"),
 }
 """Imports within a layer that are meant; the parts of layers 1 and 4 never import one another."""
 
