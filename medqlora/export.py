@@ -10,7 +10,9 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
@@ -41,8 +43,9 @@ from medqlora.finetuning.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FULL_W
 from medqlora.hub import (
     BUNDLED,
     display_name,
-    hub_error,
+    http_statuses,
     is_hub_name,
+    is_unreachable,
     offline_unless_reachable,
     resolve_path,
 )
@@ -478,11 +481,9 @@ def _data(run: RunResult) -> str:
 def _method(run: RunResult) -> str:
     config, metrics = run.config or {}, run.metrics
     train, model = metrics["train"], metrics["model"]
+    base = display_name(str(config["model"]["path"]))
     rows = [
-        (
-            "base",
-            f"{display_name(str(config['model']['path']))}, revision {model['revision'] or 'of the folder'}",
-        ),
+        ("base", f"{base}, revision {model['revision'] or 'of the folder'}"),
         ("storage of the base", _options(config["quant"], _QUANT_KEYS)),
         ("adapter", _options(config.get("peft"), _PEFT_KEYS)),
         ("trained weights", f"{model['num_trainable'] or 0:,} of {model['num_parameters'] or 0:,}"),
@@ -593,14 +594,50 @@ def _usage(run: RunResult, format: str, name: str) -> str:
 
 
 def _push(output: Path, name: str, private: bool) -> None:
+    """Upload a finished export as one commit: the repository has all of it or none.
+
+    Raises:
+        MedQLoRAError: If it was not uploaded; the folder stays.
+    """
+    in_terminal = sys.stderr.isatty()
+    if not in_terminal:
+        disable_progress_bars()
     try:
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=output, commit_message="Export of medqlora")
     except Exception as error:
-        told = hub_error(error, f"repository {name}", MedQLoRAError)
-        raise MedQLoRAError(f"{output} is complete and was not uploaded: {told}") from error
-    log.info("uploaded to %s", name)
+        if in_terminal:
+            print(file=sys.stderr)  # a progress bar that broke off has not ended its line
+        raise MedQLoRAError(
+            f"{output} is complete and was not uploaded to {name}: {_why_not_uploaded(error)} "
+            f"Then upload it with `hf upload {name} {shlex.quote(str(output))}`."
+        ) from error
+    log.info("uploaded to %s/%s", api.endpoint, name)
+
+
+def _why_not_uploaded(error: BaseException) -> str:
+    """One sentence or two: what the hub said, and what to do about it."""
+    statuses = http_statuses(error)
+    if 401 in statuses:
+        return (
+            "the hub does not know who asks. Log in with `hf auth login` and a token that may "
+            "write."
+        )
+    if 403 in statuses:
+        return (
+            "the account that is logged in may not write there. Take a token that may write, or a "
+            "name of your own."
+        )
+    if 404 in statuses:
+        return "there is no such owner on the hub. Check the spelling of OWNER/NAME."
+    if is_unreachable(error):
+        return (
+            "the hub cannot be reached or broke off. Check the network, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE."
+        )
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return f"the hub refused it ({reason.rstrip('.')}). Correct that."
 
 
 @command("export")

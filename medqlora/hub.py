@@ -56,11 +56,7 @@ def hub_error(
         The error to raise, `from` the exception given.
     """
     chain = list(_causes(exception))
-    statuses = {
-        response.status_code
-        for link in chain
-        if (response := getattr(link, "response", None)) is not None
-    }
+    statuses = http_statuses(exception)
     offline = "or try the offline example with `make quickstart`"
     if any(isinstance(link, hub.GatedRepoError) for link in chain) or 403 in statuses:
         return kind(
@@ -82,24 +78,38 @@ def hub_error(
             f"{what} was not found on the hub: check the spelling, give the path of a folder "
             f"instead, {offline}."
         )
-    unreachable = (
-        hub.LocalEntryNotFoundError,
-        hub.OfflineModeIsEnabled,
-        ConnectionError,
-        TimeoutError,
-    )
-    # The HTTP client is httpx or its successor, depending on the version of huggingface_hub.
-    if any(s >= 500 for s in statuses) or any(
-        isinstance(link, unreachable)
-        or any(base.__name__ == "TransportError" for base in type(link).__mro__)
-        for link in chain
-    ):
+    if is_unreachable(exception):
         return kind(
             f"{what} is not on this machine and the hub cannot be reached: check the network and "
             f"HF_ENDPOINT, unset HF_HUB_OFFLINE, give the path of a local copy, {offline}."
         )
     reason = " ".join(str(exception).split())[:300] or type(exception).__name__
     return kind(f"{what} could not be loaded ({reason}): check the name, {offline}.")
+
+
+def http_statuses(exception: BaseException) -> set[int]:
+    """Status codes of the answers that an exception and its causes carry."""
+    return {
+        response.status_code
+        for link in _causes(exception)
+        if (response := getattr(link, "response", None)) is not None
+    }
+
+
+def is_unreachable(exception: BaseException) -> bool:
+    """Whether the hub did not answer, broke off, or answered that it cannot."""
+    kinds = (
+        hub.LocalEntryNotFoundError,
+        hub.OfflineModeIsEnabled,
+        ConnectionError,
+        TimeoutError,
+    )
+    # The HTTP client is httpx or its successor, depending on the version of huggingface_hub.
+    return any(status >= 500 for status in http_statuses(exception)) or any(
+        isinstance(link, kinds)
+        or any(base.__name__ == "TransportError" for base in type(link).__mro__)
+        for link in _causes(exception)
+    )
 
 
 def hub_is_reachable() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -24,12 +25,16 @@ class Repository:
         commit: The one commit it has; also what the branch `main` points to.
         refusal: HTTP status with which every request is refused; None serves it.
         cuts: How often a connection is cut in the middle of a file, by path; -1: every time.
+        private: Whether the upload that made it asked for a private one; None if none did.
+        cut_uploads: Whether the connection is cut in the middle of every upload of a large file.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     commit: str = MAIN
     refusal: int | None = None
     cuts: dict[str, int] = field(default_factory=dict)
+    private: bool | None = None
+    cut_uploads: bool = False
 
 
 _CODES = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}
@@ -49,6 +54,7 @@ class LoopbackHub:
     ) -> None:
         self.repositories = {"models": models, "datasets": datasets}
         self.requests: list[str] = []
+        self.blobs: dict[str, bytes] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -85,7 +91,7 @@ class LoopbackHub:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The routes that huggingface_hub and datasets use to read a repository."""
+    """The routes that huggingface_hub and datasets use to read a repository, and to write one."""
 
     hub: ClassVar[LoopbackHub]
 
@@ -103,6 +109,15 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
         parts = path.strip("/").split("/")
+        if parts[0] == "blobs":
+            self._keep_blob(parts[1:])
+            return
+        if parts == ["api", "repos", "create"]:
+            self._create()
+            return
+        if parts == ["api", "validate-yaml"]:
+            self._json({"errors": [], "warnings": []})
+            return
         if parts == ["close"]:
             self._answer(200, b"")
             threading.Thread(target=self.hub.close).start()
@@ -112,10 +127,19 @@ class _Handler(BaseHTTPRequestHandler):
         kind = parts[0] if parts and parts[0] in ("models", "datasets") else "models"
         parts = parts[1:] if parts and parts[0] == kind else parts
         name, rest = "/".join(parts[:2]), parts[2:]
+        if parts[-2:] == ["objects", "batch"]:
+            self._say_where_to_upload(name.removesuffix(".git"))
+            return
         repository = self.hub.repositories[kind].get(name)
         status = 404 if repository is None else repository.refusal
         if repository is None or status is not None:
             self._refuse(status or 404, _CODES.get(status or 404, "Error"))
+            return
+        if rest[:1] == ["preupload"]:
+            self._say_how_to_upload()
+            return
+        if rest[:1] == ["commit"]:
+            self._commit(repository, name)
             return
         verb, revision, inside = (*rest, "", "")[0], (*rest, "", "")[1], "/".join(rest[2:])
         if revision and revision not in (repository.commit, "main"):
@@ -161,6 +185,65 @@ class _Handler(BaseHTTPRequestHandler):
         if cut:
             repository.cuts[path] -= 1
         self._answer(206 if span else 200, content[start:], headers, cut=cut)
+
+    def do_PUT(self) -> None:
+        self._route()
+
+    def _create(self) -> None:
+        """Make a repository, or refuse as the one of that name does."""
+        asked = json.loads(self._body)
+        name = f"{asked['organization']}/{asked['name']}"
+        repository = self.hub.repositories["models"].get(name)
+        if repository is None:
+            self._refuse(404, "RepoNotFound")
+        elif repository.refusal is not None:
+            self._refuse(repository.refusal, "Error")
+        else:
+            repository.private = asked.get("private") or asked.get("visibility") == "private"
+            self._json({"url": f"{self.hub.endpoint}/{name}", "id": name, "name": name})
+
+    def _say_how_to_upload(self) -> None:
+        paths = [file["path"] for file in json.loads(self._body)["files"]]
+        modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
+        files = [
+            {"path": path, "uploadMode": mode, "shouldIgnore": False}
+            for path, mode in zip(paths, modes, strict=True)
+        ]
+        self._json({"files": files})
+
+    def _say_where_to_upload(self, name: str) -> None:
+        objects = [
+            {
+                **one,
+                "actions": {"upload": {"href": f"{self.hub.endpoint}/blobs/{name}/{one['oid']}"}},
+            }
+            for one in json.loads(self._body)["objects"]
+        ]
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _keep_blob(self, parts: list[str]) -> None:
+        """Take a large file, or break off in its middle."""
+        size = int(self.headers["Content-Length"])
+        if self.hub.repositories["models"]["/".join(parts[:2])].cut_uploads:
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.hub.blobs[parts[2]] = self.rfile.read(size)
+        self._answer(200, b"")
+
+    def _commit(self, repository: Repository, name: str) -> None:
+        files = dict(repository.files)
+        for line in self._body.splitlines():
+            step = json.loads(line)
+            value = step["value"]
+            if step["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif step["key"] == "lfsFile":
+                files[value["path"]] = self.hub.blobs[value["oid"]]
+        repository.files = files
+        url = f"{self.hub.endpoint}/{name}/commit/{repository.commit}"
+        self._json({"commitUrl": url, "commitOid": repository.commit})
 
     def _json(self, value: Any) -> None:
         self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

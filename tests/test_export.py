@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,8 @@ from medqlora.evaluation import read_run
 from medqlora.export import Change, export
 from medqlora.quantization import dequantize, load_base
 from medqlora.schema import Prediction, Question
+from tests.conftest import ROOT
+from tests.hub import LoopbackHub, Repository
 
 
 def config(run_dir: Path, *overrides: str):
@@ -211,17 +216,212 @@ def test_an_adapter_folder_with_tricks_is_refused(trick, trained_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hub_that_does_not_answer_loses_no_export(trained_run, tmp_path, monkeypatch):
-    from huggingface_hub import constants
+# --- push_to_hub ----------------------------------------------------------------------------------
 
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(export_verb.MedQLoRAError, match="is complete and was not uploaded"):
-        export(
-            config(
-                trained_run,
-                "format=adapter",
-                f"output={tmp_path / 'out'}",
-                "push_to_hub=somebody/something",
-            )
+TOKEN = "hf_a_token_that_nobody_may_see"
+NAME = "somebody/something"
+
+
+@pytest.fixture
+def at_hub(monkeypatch):
+    """`at_hub(endpoint)` sends the hub's client there, logged in, without waiting between tries."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    def point(endpoint: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+
+    return point
+
+
+@pytest.mark.parametrize(("format", "private"), [("adapter", "true"), ("merged", "false")])
+def test_an_export_is_uploaded_whole_with_its_card_and_private_unless_said(
+    format, private, trained_run, tmp_path, at_hub, run_command
+):
+    repository = Repository()
+    with LoopbackHub({NAME: repository}, {}) as hub:
+        at_hub(hub.endpoint)
+        ended = run_command(
+            "export",
+            f"run={trained_run}",
+            f"format={format}",
+            f"output={tmp_path / 'out'}",
+            f"push_to_hub={NAME}",
+            "limit=0",
+            *([] if private == "true" else ["private=false"]),
         )
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert ended.code == 0, ended.err
+    local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert repository.files == local
+    assert b"no medical device" in repository.files["README.md"]
+    assert repository.private is (private == "true")
+    assert f"uploaded to {hub.endpoint}/{NAME}" in ended.err
+    assert TOKEN not in ended.out + ended.err
+    assert not [name for name, content in local.items() if TOKEN.encode() in content]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (401, "hf auth login"),
+        (403, "may not write"),
+        (404, "no such owner"),
+        (400, "refused it"),
+        (503, "cannot be reached"),
+        ("gone", "cannot be reached"),
+        ("cut", "broke off"),
+    ],
+)
+def test_a_hub_that_refuses_or_breaks_off_loses_no_export(
+    trouble, words, trained_run, tmp_path, at_hub, run_command
+):
+    """One line, exit code 1, the folder whole, and how to upload it later."""
+    repository = Repository(refusal=trouble if isinstance(trouble, int) else None)
+    repository.cut_uploads = trouble == "cut"
+    with LoopbackHub({NAME: repository}, {}) as hub:
+        at_hub("http://127.0.0.1:9" if trouble == "gone" else hub.endpoint)
+        ended = run_command(
+            "export",
+            f"run={trained_run}",
+            "format=adapter",
+            f"output={tmp_path / 'out'}",
+            f"push_to_hub={NAME}",
+        )
+    assert ended.code == 1
+    assert len(ended.errors) == 1
+    assert words in ended.errors[0]
+    assert f"hf upload {NAME} {tmp_path / 'out'}" in ended.errors[0]
+    assert TOKEN not in ended.out + ended.err
+    assert "Traceback" not in ended.err
+    assert repository.files == {}
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    for file in (trained_run / "adapter").iterdir():
+        copy = tmp_path / "out" / file.name
+        assert file.name == "README.md" or copy.read_bytes() == file.read_bytes()
+
+
+def test_ctrl_c_in_an_upload_leaves_the_export(
+    trained_run, tmp_path, at_hub, run_command, monkeypatch
+):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_verb.HfApi, "upload_folder", interrupted)
+    with LoopbackHub({NAME: Repository()}, {}) as hub:
+        at_hub(hub.endpoint)
+        output = tmp_path / "out"
+        ended = run_command(
+            "export",
+            f"run={trained_run}",
+            "format=adapter",
+            f"output={output}",
+            f"push_to_hub={NAME}",
+        )
+    assert ended.code == 130
+    assert len(ended.errors) == 1
+    assert (output / "adapter_model.safetensors").is_file()
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def test_a_read_only_folder_is_told_before_a_model_is_loaded(
+    trained_run, tmp_path, run_command, monkeypatch
+):
+    """As root every folder can be written to, so the refusal of the system is played."""
+    mkdir = Path.mkdir
+
+    def refused(self, *arguments, **options):
+        if self.is_relative_to(tmp_path):
+            raise PermissionError(13, "Permission denied", str(self))
+        mkdir(self, *arguments, **options)
+
+    def loaded(*arguments, **options):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(pipeline, "load_run", loaded)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    ended = run_command("export", f"run={trained_run}", f"output={tmp_path / 'out'}")
+    assert ended.code == 1
+    assert len(ended.errors) == 1
+    assert "Permission denied" in ended.errors[0]
+    assert "output=DIR" in ended.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_the_weights_leaves_nothing(
+    trained_run, tmp_path, run_command, limited_disk
+):
+    """A real file system of 256 kB: the merged model takes more."""
+    ended = run_command("export", f"run={trained_run}", f"output={limited_disk / 'out'}", "limit=0")
+    assert ended.code in (1, 2)
+    assert len(ended.errors) == 1
+    assert "free some space" in ended.errors[0]
+    assert "Traceback" not in ended.err
+    assert list(limited_disk.iterdir()) == []
+
+
+@pytest.fixture
+def limited_disk(tmp_path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+KILLED = """
+import os, signal, sys
+from medqlora import export
+write_card = export.write_card
+def killed(*arguments):
+    write_card(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+export.write_card = killed
+export.main()
+"""
+
+
+def test_a_kill_in_the_middle_leaves_no_half_export_and_the_next_one_clears_up(
+    trained_run, tmp_path
+):
+    command = [f"run={trained_run}", "format=adapter", f"output={tmp_path / 'out'}"]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == -9, ended.stderr
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    export(config(trained_run, "format=adapter", f"output={tmp_path / 'out'}"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_of_two_exports_into_one_folder_the_first_to_end_stays(
+    trained_run, tmp_path, run_command, monkeypatch
+):
+    """The other writes beside it, finds the folder made when it ends, and says so."""
+    output, other = tmp_path / "out", tmp_path / "other"
+    quick = config(trained_run, "format=adapter", f"output={other}")
+    write_card = export_verb.write_card
+
+    def slow(folder, *arguments):
+        monkeypatch.setattr(export_verb, "write_card", write_card)
+        write_card(folder, *arguments)
+        export(quick).rename(output)
+
+    monkeypatch.setattr(export_verb, "write_card", slow)
+    ended = run_command("export", f"run={trained_run}", "format=adapter", f"output={output}")
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert "made meanwhile" in ended.errors[0]
+    assert list(tmp_path.iterdir()) == [output]
+    assert (output / "adapter_model.safetensors").is_file()
