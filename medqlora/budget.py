@@ -8,11 +8,11 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
 
 from medqlora import pipeline
 from medqlora.errors import ConfigError
@@ -95,7 +95,7 @@ class _Trial:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.module: MCQAModule | None = None
-        self.optimizer: Any = None
+        self.optimizer: Optimizer | None = None
 
     def __call__(self, budget: int) -> None:
         if self.module is None:
@@ -104,24 +104,44 @@ class _Trial:
             base = pipeline.build_base(self.cfg)
             self.module = pipeline.build_training_module(self.cfg, base, datamodule, 100)
             self.module.to(pipeline.device_of(self.cfg))
-            made = self.module.configure_optimizers()
-            self.optimizer = made["optimizer"] if isinstance(made, dict) else made
-        module = self.module
+            self.optimizer = optimizer_of(self.module)
+        module, optimizer = self.module, self.optimizer
+        assert optimizer is not None
         pipeline.accelerate_for(self.cfg, module.model, budget)
         device = module.letter_rows.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         row = random_row(budget, int(module.letter_ids.min()) + 1).to(device)
-        assert module.loss is not None
-        # The first step allocates the optimiser's state, the second has everything alive at once.
-        for _ in range(2):
-            total, count = module.loss(module.model, row, module.letter_rows, module.letter_ids)
-            (total / count).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        take_updates(module, optimizer, row, 2)
         if _share_used(device) > MEMORY_MARGIN:
             raise torch.OutOfMemoryError(f"{budget} tokens leave no room: out of memory")
+
+
+def optimizer_of(module: MCQAModule) -> Optimizer:
+    """The optimiser that a run of this module would use."""
+    made = module.configure_optimizers()
+    return made["optimizer"] if isinstance(made, dict) else made
+
+
+def take_updates(
+    module: MCQAModule, optimizer: Optimizer, row: PackedBatch, num_updates: int
+) -> None:
+    """Forward pass, backward pass and optimiser step on the same row, again and again.
+
+    Args:
+        module: What is trained.
+        optimizer: Its optimiser.
+        row: On the device of the module.
+        num_updates: Two at least to see the peak: the first allocates the optimiser's state, the
+            second has everything alive at once.
+    """
+    assert module.loss is not None
+    for _ in range(num_updates):
+        total, count = module.loss(module.model, row, module.letter_rows, module.letter_ids)
+        (total / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def random_row(token_budget: int, vocab_size: int) -> PackedBatch:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -69,6 +69,7 @@ from medqlora.finetuning.callbacks import peak_memory_gb
 from medqlora.runs import (
     RunRecord,
     describe,
+    from_run,
     record_base,
     record_calibration,
     record_score,
@@ -350,20 +351,13 @@ def with_run(cfg: DictConfig, overridden: set[str]) -> DictConfig:
     if cfg.adapter is not None:
         raise ConfigError("run and adapter are both given and one is scored. Give one of them.")
     saved = pipeline.read_config(cfg.run)
-    merged: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    for key in _FROM_RUN:
-        if key not in overridden and key in saved:
-            merged[key] = saved[key]
     bare = "peft" in overridden
     folder = None if bare else pipeline.adapter_of(Path(cfg.run), saved)
-    merged |= {"run": None, "of_run": str(cfg.run)}
-    merged["adapter"] = None if folder is None else str(folder)
-    merged["peft"] = {}
-    complete = OmegaConf.create(merged)
-    for key in overridden:
-        group = key.split(".")[0]
-        if key != group and group in _FROM_RUN and group not in overridden:
-            OmegaConf.update(complete, key, OmegaConf.select(cfg, key), force_add=True)
+    complete = from_run(cfg, {**saved, "peft": {}}, _FROM_RUN, overridden)
+    if bare:
+        complete.peft = {}
+    complete.run, complete.of_run = None, str(cfg.run)
+    complete.adapter = None if folder is None else str(folder)
     return complete
 
 

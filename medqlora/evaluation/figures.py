@@ -324,6 +324,90 @@ def split_figures(
     }
 
 
+def benchmark_figure(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Figure:
+    """Size, accuracy and latency of the states of one model, one line each.
+
+    Args:
+        rows: From `benchmark.json`: `label`, `weight_gb`, `weight_gb_on_disk`, `section` and
+            `latency`; what a row lacks is left out of its panel.
+        title: Heading of the figure.
+
+    Returns:
+        Three panels side by side that share their lines.
+    """
+    with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(10, 1.3 + 0.5 * len(rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        sizes, accuracies, times = figure.subplots(1, 3, sharey=True)
+        if title is not None:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        for line, row in enumerate(rows):
+            _size_bars(sizes, line, row)
+            _accuracy_point(accuracies, line, row.get("section") or {})
+            _latency_bar(times, line, row.get("latency"))
+        sizes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        sizes.invert_yaxis()
+        sizes.set_title("weights, GB", loc="left")
+        accuracies.set_title("accuracy, 95 % interval", loc="left")
+        times.set_title("ms a question alone, p50 to p95", loc="left")
+        baseline = [
+            section["majority_accuracy"]
+            for row in rows
+            if (section := row.get("section") or {}).get("majority_accuracy") is not None
+        ]
+        if baseline:
+            _baseline(accuracies, baseline[0], horizontal=False)
+        accuracies.margins(x=0.2)
+        _percent_axes(accuracies, "x")
+        for axes in (sizes, accuracies, times):
+            axes.tick_params(axis="y", length=0)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="upper left", bbox_to_anchor=(0, -0.22), fontsize=8, ncols=2)
+    return figure
+
+
+def _size_bars(axes: Axes, line: int, row: Mapping[str, Any]) -> None:
+    device, disk = row.get("weight_gb"), row.get("weight_gb_on_disk")
+    if device is None or disk is None:
+        return
+    names = ("on the device", "on disk") if not axes.containers else (None, None)
+    bars = (
+        axes.barh(line - 0.19, device, 0.34, label=names[0], color=COLOURS[0]),
+        axes.barh(
+            line + 0.19, disk, 0.34, label=names[1], color="white", edgecolor="black", hatch="////"
+        ),
+    )
+    for bar, value in zip(bars, (device, disk), strict=True):
+        axes.bar_label(bar, [f"{value:.3g}"], padding=3, fontsize=8)
+    axes.margins(x=0.18)
+
+
+def _accuracy_point(axes: Axes, line: int, section: Mapping[str, Any]) -> None:
+    accuracy = section.get("accuracy")
+    if accuracy is None:
+        note = "no labels" if section.get("num_unlabelled") else "not scored"
+        axes.text(0.5, line, note, transform=axes.get_yaxis_transform(), va="center", ha="center")
+        return
+    spread = [[accuracy - section["ci_low"]], [section["ci_high"] - accuracy]]
+    axes.errorbar(accuracy, line, xerr=spread, fmt="o", color=COLOURS[0], capsize=4, linewidth=1.5)
+    label = f"{100 * accuracy:.1f} %  n={section['n']}"
+    axes.annotate(
+        label, (accuracy, line), (0, 7), textcoords="offset points", ha="center", fontsize=8
+    )
+
+
+def _latency_bar(axes: Axes, line: int, latency: Mapping[str, Any] | None) -> None:
+    if latency is None:
+        return
+    p50, p95 = 1000 * latency["p50_seconds"], 1000 * latency["p95_seconds"]
+    axes.barh(line, p50, 0.5, color=COLOURS[5])
+    axes.errorbar(p50, line, xerr=[[0], [p95 - p50]], color="black", capsize=4, linewidth=1.2)
+    axes.annotate(
+        f"{p50:.1f}", (p95, line), (6, 0), textcoords="offset points", va="center", fontsize=8
+    )
+    axes.margins(x=0.18)
+
+
 def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -179,6 +179,21 @@ def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
     return _markdown(*_comparison_cells(comparisons)) + f"\n{methods}.\n"
 
 
+def text_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None, caption: str
+) -> Table:
+    """A rich table of texts, the first column to the left; no accuracy goes through here."""
+    table = _table(headings, title, caption)
+    for texts in rows:
+        table.add_row(*(Text(text) for text in texts))
+    return table
+
+
+def text_markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """The same table in Markdown."""
+    return _markdown(headings, rows) + f"\n{caption}\n"
+
+
 _CAPTION = "Intervals are 95 % Wilson; majority: always giving the most frequent answer letter."
 
 
