@@ -1,9 +1,8 @@
 """The fast path on CUDA: the same result as the plain layers, and how fast.
 
     python benchmarks/fast_path.py check lengths.txt
-    python benchmarks/fast_path.py speed lengths.txt --tokens 16384
-    python benchmarks/fast_path.py speed lengths.txt --tokens 2048 --cuda-graphs
-    python benchmarks/fast_path.py speed lengths.txt --tokens 16384 --float8 --profile
+    python benchmarks/fast_path.py speed lengths.txt 16384,profile 16384,float8 2048,cuda_graphs
+    python benchmarks/fast_path.py speed lengths.txt 16384,dropout=0.05 1024,layers 32768,mlp
 
 A random Gemma-2B (18 layers, width 2048, random weights: speed and memory are real, loss means
 nothing), NF4 with double quantisation, LoRA r=16 on the seven linears, float32 adapter weights,
@@ -15,9 +14,13 @@ the mean of 20 steps after 4.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import numpy as np
@@ -34,6 +37,7 @@ from medqlora.schema import PackedBatch
 
 MAX_LENGTH = 256
 WARMUP, STEPS = 4, 20
+CHECKPOINTING = {"none": False, "mlp": "mlp", "layers": True, "offload": "offload"}
 
 
 def make_model(num_layers: int, vocab_size: int) -> nn.Module:
@@ -75,7 +79,8 @@ def make_model(num_layers: int, vocab_size: int) -> nn.Module:
                 )
                 setattr(module, name, layer.cuda())
     use_packed_attention(model)
-    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEARS)))
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEARS))
+    adapted = get_peft_model(model, lora).train()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 1e-3)
@@ -149,6 +154,7 @@ def check(lengths: np.ndarray) -> None:
     for options in (
         {"compile": False},
         {},
+        {"gradient_checkpointing": "mlp"},
         {"gradient_checkpointing": True},
         {"cuda_graphs": True},
         {"float8": True},
@@ -159,19 +165,63 @@ def check(lengths: np.ndarray) -> None:
         print("RESULT", json.dumps(result), flush=True)
 
 
-def speed(lengths: np.ndarray, arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Run:
+    """One thing to measure, as the command line names it: `16384,float8` or `2048,cuda_graphs`."""
+
+    tokens: int
+    float8: bool = False
+    cuda_graphs: bool = False
+    checkpointing: str = "none"
+    dropout: float = 0.0
+    profile: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Run:
+        """Read `TOKENS[,float8][,cuda_graphs][,mlp|layers|offload][,dropout=P][,profile]`."""
+        tokens, *words = text.split(",")
+        options: dict[str, Any] = {}
+        for word in words:
+            if word in CHECKPOINTING:
+                options["checkpointing"] = word
+            elif word.startswith("dropout="):
+                options["dropout"] = float(word.removeprefix("dropout="))
+            elif word in ("float8", "cuda_graphs", "profile"):
+                options[word] = True
+            else:
+                raise argparse.ArgumentTypeError(f"{word} is unknown")
+        return cls(int(tokens), **options)
+
+
+def speed(lengths: np.ndarray, runs: list[Run]) -> None:
     """Print questions a second of training and of scoring, and the peak of torch's allocator."""
     model = make_model(num_layers=18, vocab_size=256_000)
     letters = letter_rows_of(model)
-    rows = make_rows(lengths, arguments.tokens, 30, 1)
+    for run in runs:
+        try:
+            measure(model, letters, lengths, run)
+        except torch.OutOfMemoryError as error:
+            print("FAILED", run, str(error).splitlines()[0], flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: Run) -> None:
+    """Train and score for some steps; print one line `RESULT {json}`."""
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(run.dropout)
+    weights = torch.cuda.memory_allocated() / 1e9
+    rows = make_rows(lengths, run.tokens, WARMUP + STEPS, 1)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    options = {
-        "float8": arguments.float8,
-        "gradient_checkpointing": arguments.checkpointing,
-        "cuda_graphs": arguments.cuda_graphs,
-    }
-    fast = FusedBackbone(model, **options)
+    fast = FusedBackbone(
+        model,
+        float8=run.float8,
+        gradient_checkpointing=CHECKPOINTING[run.checkpointing],
+        cuda_graphs=run.cuda_graphs,
+    )
     torch.cuda.reset_peak_memory_stats()
     started, first, count = time.perf_counter(), 0.0, 0
 
@@ -180,7 +230,7 @@ def speed(lengths: np.ndarray, arguments: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for number, batch in enumerate(rows[: WARMUP + STEPS]):
+    for number, batch in enumerate(rows):
         if number in (1, WARMUP):
             torch.cuda.synchronize()
             first = first or time.perf_counter() - started
@@ -200,25 +250,37 @@ def speed(lengths: np.ndarray, arguments: argparse.Namespace) -> None:
         torch.cuda.synchronize()
         scoring = sum(batch.num_questions for batch in rows) / (time.perf_counter() - started)
     result = {
-        "tokens": arguments.tokens,
-        **options,
+        **asdict(run),
         "training_questions_per_second": round(count / seconds, 1),
         "ms_per_step": round(1000 * seconds / STEPS, 2),
         "scoring_questions_per_second": round(scoring, 1),
         "first_step_seconds": round(first, 1),
         "peak_gb": round(peak, 2),
+        "peak_beyond_weights_gb": round(peak - weights, 2),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
     print("RESULT", json.dumps(result), flush=True)
-    if arguments.profile:
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            step(rows[-1])
-            torch.cuda.synchronize()
-        events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
-        for event in events[:25]:
-            milliseconds = event.self_device_time_total / 1e3
-            print(f"{milliseconds:8.2f} ms {event.count:5d} {event.key[:90]}")
+    if run.profile:
+        show_profile("training", lambda: step(rows[-1]))
+        with torch.no_grad():
+            show_profile("scoring", lambda: fast.last_hidden(rows[-1]))
+
+
+def show_profile(title: str, act: Callable[[], object]) -> None:
+    """Print what the device does in one call: kernels by time, and the share it stands still."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        act()
+        torch.cuda.synchronize()
+        wall = 1000 * (time.perf_counter() - started)
+    events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in events) / 1e3
+    print(f"{title}: {wall:.1f} ms under the profiler, {busy:.1f} ms of kernels")
+    for event in events[:20]:
+        milliseconds = event.self_device_time_total / 1e3
+        print(f"{milliseconds:8.2f} ms {event.count:5d} {event.key[:90]}")
 
 
 def main() -> None:
@@ -228,14 +290,12 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["check", "speed"])
     parser.add_argument("lengths", type=Path, help="one question length in tokens a line")
-    parser.add_argument("--tokens", type=int, default=16_384, help="tokens a row")
-    parser.add_argument("--float8", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--cuda-graphs", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "runs", nargs="*", type=Run.parse, help="TOKENS and options, such as 2048,cuda_graphs"
+    )
     arguments = parser.parse_args()
     lengths = np.loadtxt(arguments.lengths, dtype=int)
-    check(lengths) if arguments.what == "check" else speed(lengths, arguments)
+    check(lengths) if arguments.what == "check" else speed(lengths, arguments.runs)
 
 
 if __name__ == "__main__":

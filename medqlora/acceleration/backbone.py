@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medqlora.acceleration.attention import cover_padding
 from medqlora.schema import PackedBatch
+
+Checkpointing = bool | Literal["mlp", "offload"]
+"""What the backward pass computes again; see `Acceleration.gradient_checkpointing`."""
 
 FAST_PATH = "medqlora_fast_path"
 """Attribute of a backbone that runs its rows in another way with the same result; see `fused`."""
@@ -145,7 +149,7 @@ def last_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "question
     return hidden_states(model, batch).index_select(0, batch.last)
 
 
-def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = False) -> None:
+def prepare_for_training(model: nn.Module, gradient_checkpointing: Checkpointing = False) -> None:
     """Put a model with its adapter into training mode, in place.
 
     Unlike peft's `prepare_model_for_kbit_training` nothing is upcast: norms compute in float32
@@ -153,17 +157,35 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = False)
 
     Args:
         model: A model whose trainable parameters require gradients already.
-        gradient_checkpointing: Keep only the input of each layer and compute the rest again in the
-            backward pass.
+        gradient_checkpointing: What is computed again in the backward pass: False nothing, "mlp"
+            the MLP of each layer, True the whole layer, of which only the input is kept, and
+            "offload" likewise with that input in main memory.
 
     References:
         Chen et al. 2016, arXiv:1604.06174.
     """
     # Set on the layers: transformers' `gradient_checkpointing_enable` would also
     # make the embedding's output require a gradient that nobody uses.
-    recompute = partial(checkpoint, use_reentrant=False)
+    again = _offloaded_checkpoint if gradient_checkpointing == "offload" else _checkpoint
     for layer in find_backbone(model).modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = gradient_checkpointing
-            layer._gradient_checkpointing_func = recompute  # pyright: ignore[reportArgumentType]
+            layer.gradient_checkpointing = gradient_checkpointing in (True, "offload")
+            layer._gradient_checkpointing_func = again  # pyright: ignore[reportArgumentType]
+            mlp: Any = layer.mlp
+            mlp.__dict__.pop("forward", None)  # of an earlier call
+            if gradient_checkpointing == "mlp":
+                mlp.forward = partial(_checkpoint, mlp.forward)
     model.train()
+
+
+_checkpoint = partial(checkpoint, use_reentrant=False)
+
+
+def _offloaded_checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+    with offloaded():
+        return _checkpoint(function, *args, **kwargs)
+
+
+def offloaded() -> contextlib.AbstractContextManager[Any]:
+    """What is saved for the backward pass meanwhile lies in main memory, pinned where CUDA is."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())

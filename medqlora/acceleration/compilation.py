@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from medqlora.acceleration.backbone import find_backbone
+from medqlora.acceleration.backbone import Checkpointing, find_backbone
 from medqlora.acceleration.fused import enable_fused, why_not_fused
 from medqlora.errors import ConfigError
 
@@ -32,7 +32,9 @@ class Acceleration:
             "auto" where it can, "on" or an error, "off".
         float8: Multiply in 8-bit floats on the fast path: rounds weights and activations to 3 bits
             of mantissa.
-        gradient_checkpointing: Keep only each layer's input and compute the rest again backwards.
+        gradient_checkpointing: What the backward pass computes again: False nothing, "mlp" the MLP
+            of each layer, True the whole layer, "offload" the whole layer with its input kept in
+            main memory.
         num_threads: Threads of a CPU operation; None for one a core.
 
     Raises:
@@ -42,7 +44,7 @@ class Acceleration:
     compile: CompileMode = "auto"
     fused: Literal["auto", "on", "off"] = "auto"
     float8: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +56,16 @@ class Acceleration:
         if self.fused not in ("auto", "on", "off"):
             raise ConfigError(
                 f"acceleration.fused={self.fused} is not known. Choose auto, on or off."
+            )
+        if self.gradient_checkpointing not in (False, True, "mlp", "offload"):
+            raise ConfigError(
+                f"acceleration.gradient_checkpointing={self.gradient_checkpointing} is not known. "
+                "Choose false, true, mlp or offload."
+            )
+        if self.gradient_checkpointing == "offload" and self.compile == "cuda_graphs":
+            raise ConfigError(
+                "acceleration.gradient_checkpointing=offload copies to main memory, which a CUDA "
+                "graph cannot record. Set acceleration.compile=default."
             )
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(
@@ -96,7 +108,8 @@ class Acceleration:
             return self.compile
         if torch.device(device).type != "cuda":
             return "none"
-        return "cuda_graphs" if token_budget <= CUDA_GRAPHS_UP_TO else "default"
+        recordable = self.gradient_checkpointing != "offload"
+        return "cuda_graphs" if recordable and token_budget <= CUDA_GRAPHS_UP_TO else "default"
 
 
 def accelerate(

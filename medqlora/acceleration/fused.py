@@ -10,9 +10,10 @@ attention only the tokens that are scored are computed at all.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medqlora.acceleration.attention import cover_padding
-from medqlora.acceleration.backbone import FAST_PATH, find_backbone
+from medqlora.acceleration.backbone import FAST_PATH, Checkpointing, find_backbone, offloaded
 from medqlora.schema import PackedBatch
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,6 +32,9 @@ MIN_RANK = 16
 
 FLOAT8_MAX = 448.0
 """Largest float8_e4m3fn."""
+
+MLP_CHUNKS, MIN_CHUNK = 4, 256
+"""Where the MLP is computed again backwards, so many pieces of a row, of so many tokens or more."""
 
 
 class Linear(NamedTuple):
@@ -84,6 +88,8 @@ class Sizes:
         scaling: `lora_alpha / r`.
         block_size: Weights that share a constant.
         weight_scale: Factor that brings the weights into the range of 8-bit floats; 0 for bfloat16.
+        dropout: Share of the inputs of an adapter that are dropped in training.
+        keep_weights: Whether a dequantised weight may be kept for the backward pass.
     """
 
     num_heads: int
@@ -96,6 +102,8 @@ class Sizes:
     scaling: float
     block_size: int
     weight_scale: float = 0.0
+    dropout: float = 0.0
+    keep_weights: bool = True
 
 
 def enable_fused(model: nn.Module, **options: Any) -> None:
@@ -128,7 +136,7 @@ def why_not_fused(model: nn.Module) -> str | None:
         return f"it is made for Gemma 1, not for {config.model_type}"
     if config.hidden_act not in ("gelu", "gelu_pytorch_tanh") or config.attention_bias:
         return "the activation or the attention bias is not Gemma's"
-    scalings = set()
+    adapters = set()
     for layer in backbone.layers:  # type: ignore[union-attr]
         for name in LINEARS:
             module = getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
@@ -143,38 +151,40 @@ def why_not_fused(model: nn.Module) -> str | None:
                 return f"{name} is {out_features} x {in_features}, not a multiple of 64 x 128"
             if state.nested and state.state2.blocksize != 256:
                 return "the block constants are not quantised in blocks of 256"
-            reason, scaling = _adapter_of(module)
-            if reason:
+            if (reason := _why_not_folded(module)) is not None:
                 return reason
-            if scaling is not None:
-                scalings.add(scaling)
+            if hasattr(module, "base_layer"):
+                adapters.add(_scaling_and_dropout(module))
     others = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
     if others:
         return f"{others[0]} is trained, which is no part of a LoRA adapter"
-    if len(scalings) > 1:
-        return "the adapter's scaling differs between layers"
+    if len(adapters) > 1:
+        return "the adapter's scaling or dropout differs between layers"
     return None
 
 
-def _adapter_of(module: nn.Module) -> tuple[str | None, float | None]:
-    """Why a layer's adapter cannot be folded, or its scaling; (None, None) without an adapter."""
+def _why_not_folded(module: nn.Module) -> str | None:
+    """Why a layer's adapter, if it has one, cannot take the fast path."""
     if not hasattr(module, "base_layer"):
-        return None, None
+        return None
     if not hasattr(module, "lora_A") or type(module).__name__ not in ("Linear4bit", "Linear"):
-        return f"the adapter is a {type(module).__name__}, not plain LoRA", None
+        return f"the adapter is a {type(module).__name__}, not plain LoRA"
     adapter: Any = module
     if list(adapter.lora_A) != ["default"] or adapter.active_adapters != ["default"]:
-        return "there is more than one adapter", None
+        return "there is more than one adapter"
     if adapter.disable_adapters or adapter.merged:
-        return "the adapter is switched off or merged", None
+        return "the adapter is switched off or merged"
     if adapter.lora_variant or adapter.lora_bias["default"]:
-        return "the adapter is a variant of LoRA", None
-    if not isinstance(adapter.lora_dropout["default"], nn.Identity):
-        return "peft.lora_dropout is not 0", None
+        return "the adapter is a variant of LoRA"
     rank = adapter.r["default"]
     if rank > 64 or rank & (rank - 1):
-        return f"the rank {rank} is not a power of two up to 64", None
-    return None, float(adapter.scaling["default"])
+        return f"the rank {rank} is not a power of two up to 64"
+    return None
+
+
+def _scaling_and_dropout(adapter: Any) -> tuple[float, float]:
+    dropout = getattr(adapter.lora_dropout["default"], "p", 0.0)  # Identity has none
+    return float(adapter.scaling["default"]), float(dropout)
 
 
 class FusedBackbone:
@@ -184,10 +194,12 @@ class FusedBackbone:
         model: A model for which `why_not_fused` returns None.
         compile: Compile the layer function; off only to test against.
         float8: Multiply in 8-bit floats, scaled by token and by model; gradients of the adapter
-        stay
-            in 16 bit. Faster on Hopper and later; rounds weights and activations to 3 bits of
+            stay in 16 bit. Faster on Hopper and later; rounds weights and activations to 3 bits of
             mantissa.
-        gradient_checkpointing: Keep only each layer's input and compute the rest again backwards.
+        gradient_checkpointing: What is computed again backwards: nothing, "mlp", or with True and
+            "offload" attention as well. The MLP is then computed in pieces of a row, so that its
+            wide tensors never exist for the whole of it; "offload" keeps what is left in main
+            memory.
         cuda_graphs: Record training passes once and replay them: for short rows, where launching
             kernels takes longer than running them.
     """
@@ -198,19 +210,19 @@ class FusedBackbone:
         *,
         compile: bool = True,
         float8: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         cuda_graphs: bool = False,
     ) -> None:
         self._backbone: Any = find_backbone(model)
         config = self._backbone.config
-        scalings, largest, block_size = [0.0], 0.0, 64
+        adapter, largest, block_size = (0.0, 0.0), 0.0, 64
         for module in self._backbone.modules():
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             if state is not None:
                 block_size = state.blocksize
                 largest = max(largest, float(_largest_weight(state))) if float8 else 0.0
             if hasattr(module, "lora_A"):
-                scalings.append(float(module.scaling["default"]))
+                adapter = _scaling_and_dropout(module)
         self.sizes = Sizes(
             num_heads=config.num_attention_heads,
             head_dim=config.head_dim,
@@ -219,20 +231,23 @@ class FusedBackbone:
             mlp_width=config.intermediate_size,
             eps=config.rms_norm_eps,
             activation="tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none",
-            scaling=max(scalings),
+            scaling=adapter[0],
             block_size=block_size,
             # Twice the largest weight leaves room for what the adapter adds.
             weight_scale=2.0 ** math.floor(math.log2(FLOAT8_MAX / (2 * largest)))
             if float8
             else 0.0,
+            dropout=adapter[1],
+            keep_weights=not gradient_checkpointing,
         )
         self.layers = [_layer(layer) for layer in self._backbone.layers]
         self.gradient_checkpointing = gradient_checkpointing
-        self._run: Callable[..., Tensor] = (
-            torch.compile(decoder_layer, dynamic=False, fullgraph=True)
-            if compile
-            else decoder_layer
-        )
+
+        def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return torch.compile(function, dynamic=False, fullgraph=True) if compile else function
+
+        self._run = compiled(decoder_layer)
+        self._attend, self._mlp = compiled(attention_block), compiled(mlp_block)
         self._angles: tuple[Tensor, Tensor] | None = None
         self.cuda_graphs = cuda_graphs
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -268,19 +283,48 @@ class FusedBackbone:
         boundaries = cover_padding(row.cu_seqlens, row.input_ids.shape[0], max_length)
         cosine, sine = self._rotary(max_length, row.position_ids)
         hidden = self._backbone.embed_tokens(row.input_ids[None])[0].to(torch.bfloat16)
-        if torch.is_grad_enabled():
+        learning = torch.is_grad_enabled()
+        if learning:
             # One compilation then serves the first layer as well.
             hidden = hidden.detach().requires_grad_()
+        training = learning and self._backbone.training
+        sizes = self.sizes if training else replace(self.sizes, dropout=0.0)
+        run = self._recomputed if learning and self.gradient_checkpointing else self._run
         for index, layer in enumerate(self.layers):
             keep = row.keep if index == len(self.layers) - 1 else None
-            arguments = (hidden, layer, boundaries, cosine, sine, keep, self.sizes)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(
-                    self._run, *arguments, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden = self._run(*arguments)
+            hidden = run(hidden, layer, boundaries, cosine, sine, keep, sizes)
         return rms_norm(hidden, self._backbone.norm.weight, self.sizes.eps)
+
+    def _recomputed(
+        self,
+        hidden: Tensor,
+        layer: Layer,
+        boundaries: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        keep: Tensor | None,
+        sizes: Sizes,
+    ) -> Tensor:
+        """`decoder_layer` with what is computed again backwards; the MLP piece by piece."""
+        offload = self.gradient_checkpointing == "offload"
+        with offloaded() if offload else contextlib.nullcontext():
+
+            def again(function: Callable[..., Tensor], x: Tensor, *fixed: Any) -> Tensor:
+                # What is handed over by the closure is held as it is, not saved, nor offloaded.
+                return checkpoint(
+                    lambda x: function(x, *fixed),
+                    x,
+                    use_reentrant=False,
+                    preserve_rng_state=sizes.dropout > 0,
+                )
+
+            fixed = (layer, boundaries, cosine, sine, keep, sizes)
+            if self.gradient_checkpointing == "mlp":
+                hidden = self._attend(hidden, *fixed)
+            else:
+                hidden = again(self._attend, hidden, *fixed)
+            size = max(MIN_CHUNK, -(-hidden.shape[0] // MLP_CHUNKS))
+            return torch.cat([again(self._mlp, x, layer, sizes) for x in hidden.split(size)])
 
     def _rotary(self, max_length: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._angles is None or self._angles[0].shape[0] < max_length:
@@ -327,6 +371,7 @@ class _Graph:
                 del out
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the recorded passes have memory of their own
         pool = torch.cuda.graph_pool_handle()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # The data loader may copy the next row from its own thread meanwhile.
@@ -406,6 +451,20 @@ def decoder_layer(
     Returns:
         Hidden states of the tokens that are kept.
     """
+    attended = attention_block(hidden, layer, boundaries, cosine, sine, keep, sizes)
+    return mlp_block(attended, layer, sizes)
+
+
+def attention_block(
+    hidden: Float[Tensor, "token width"],
+    layer: Layer,
+    boundaries: Int[Tensor, " boundary"],
+    cosine: Float[Tensor, "token half"],
+    sine: Float[Tensor, "token half"],
+    keep: Int[Tensor, " question"] | None,
+    sizes: Sizes,
+) -> Float[Tensor, "kept width"]:
+    """The first half of a layer, added to its input; see `decoder_layer`."""
     x = rms_norm(hidden, layer.input_norm, sizes.eps)
     width = sizes.num_heads * sizes.head_dim
     query = _rotate(_linear(x, layer.q, width, sizes.width, sizes), cosine, sine)
@@ -416,7 +475,13 @@ def decoder_layer(
     )
     if keep is not None:
         hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)
-    hidden = hidden + _linear(attended, layer.o, sizes.width, width, sizes)
+    return hidden + _linear(attended, layer.o, sizes.width, width, sizes)
+
+
+def mlp_block(
+    hidden: Float[Tensor, "token width"], layer: Layer, sizes: Sizes
+) -> Float[Tensor, "token width"]:
+    """The second half of a layer, added to its input; each token by itself."""
     x = rms_norm(hidden, layer.post_norm, sizes.eps)
     gate = _linear(x, layer.gate, sizes.mlp_width, sizes.width, sizes)
     up = _linear(x, layer.up, sizes.mlp_width, sizes.width, sizes)
@@ -441,6 +506,13 @@ def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, size
     a, b = linear.lora_a, linear.lora_b
     if a is not None and b is not None:
         a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
+        if sizes.dropout:
+            # Only what the adapter reads is dropped, so it cannot be folded into the weight.
+            down = F.dropout(x, sizes.dropout) @ a.t()
+            plain = _FoldedLinear.apply(
+                x, None, None, *linear[:6], out_features, in_features, sizes
+            )
+            return torch.addmm(plain, down, b.t(), alpha=sizes.scaling)
         short = MIN_RANK - a.shape[0]
         if short > 0:
             a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
@@ -469,7 +541,7 @@ class _FoldedLinear(torch.autograd.Function):
         stored = (packed, absmax, absmax_scale, absmax_code, absmax_offset, code)
         ctx.save_for_backward(x, lora_a, lora_b, *stored)
         ctx.fixed = (out_features, in_features, sizes)
-        weight = _weight(stored, lora_a, lora_b, ctx.fixed, transpose=False)
+        weight = _weight(stored, lora_a, lora_b, ctx.fixed, backward=False)
         return _product(x, weight, sizes)
 
     @staticmethod
@@ -481,7 +553,7 @@ class _FoldedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # Row-major operands of the product grad @ weight; 8-bit products want both along the
             # sum.
-            weight = _weight(tuple(stored), lora_a, lora_b, ctx.fixed, transpose=True)
+            weight = _weight(tuple(stored), lora_a, lora_b, ctx.fixed, backward=True)
             grad_x = _product(grad, weight, sizes)
         if lora_a is not None and ctx.needs_input_grad[1]:
             down = x @ lora_a.t()
@@ -497,7 +569,7 @@ def _weight(
     lora_b: Tensor | None,
     fixed: tuple[int, int, Sizes],
     *,
-    transpose: bool,
+    backward: bool,
 ) -> Tensor:
     """The effective weight as (output, input) of the product it is for."""
     out_features, in_features, sizes = fixed
@@ -512,9 +584,10 @@ def _weight(
         sizes.block_size,
         sizes.weight_scale if float8 else 1.0,
         float8,
-        transpose and float8,
+        backward and float8,
+        backward and not sizes.keep_weights,
     )
-    return weight.t() if transpose and not float8 else weight
+    return weight.t() if backward and not float8 else weight
 
 
 def _product(x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:

@@ -88,6 +88,7 @@ def effective_weight(
     out_scale: float,
     float8: bool,
     transpose: bool,
+    again: bool,
 ) -> Tensor:
     """`dequantise(packed) + scaling * lora_b @ lora_a`, rounded once, at the end.
 
@@ -110,6 +111,9 @@ def effective_weight(
         out_scale: Factor on the result, for 8-bit floats.
         float8: Return float8_e4m3fn instead of bfloat16.
         transpose: Return (in_features, out_features).
+        again: Changes nothing. The compiler takes calls with the same arguments for one, and would
+            keep the weight of the forward pass for the backward pass; told apart by this they stay
+            two, which costs time and saves the memory of a weight in 16 bit.
 
     Returns:
         The weight in bfloat16 or float8_e4m3fn.
@@ -161,6 +165,7 @@ def _(
     out_scale,
     float8,
     transpose,
+    again,
 ):
     shape = (in_features, out_features) if transpose else (out_features, in_features)
     dtype = torch.float8_e4m3fn if float8 else torch.bfloat16

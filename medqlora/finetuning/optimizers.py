@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -89,6 +90,35 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
+@functools.cache
+def _in_stream_order(optimizer_class: type[Optimizer]) -> type[Optimizer]:
+    """An optimiser of bitsandbytes that does not wait for the device after every weight.
+
+    Its kernels run one after the other on the current stream anyway. Waiting costs a third of the
+    speed of short rows: the next step cannot be prepared meanwhile. Paged states are read by the
+    processor when a checkpoint is taken, so there, and only there, the device is waited for.
+    """
+    import bitsandbytes.optim.optimizer
+
+    library: Any = bitsandbytes.optim.optimizer
+
+    class InStreamOrder(optimizer_class):
+        def step(self, closure: Any = None) -> Any:
+            wait, library.sync_gpu = library.sync_gpu, lambda tensor: None
+            try:
+                return super().step(closure)
+            finally:
+                library.sync_gpu = wait
+
+        def state_dict(self) -> dict[str, Any]:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return super().state_dict()
+
+    InStreamOrder.__name__ = InStreamOrder.__qualname__ = optimizer_class.__name__
+    return InStreamOrder
+
+
 def _bitsandbytes(class_name: str) -> Callable[..., Optimizer]:
     def build(
         named_parameters: NamedParameters,
@@ -104,7 +134,8 @@ def _bitsandbytes(class_name: str) -> Callable[..., Optimizer]:
         groups = parameter_groups(
             named_parameters, lr=lr, weight_decay=weight_decay, loraplus_ratio=loraplus_ratio
         )
-        return getattr(bitsandbytes.optim, class_name)(groups, lr=lr, betas=tuple(betas), **options)
+        made: Any = _in_stream_order(getattr(bitsandbytes.optim, class_name))
+        return made(groups, lr=lr, betas=tuple(betas), **options)
 
     build.__name__ = class_name
     build.__doc__ = (
