@@ -14,8 +14,9 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hydra
@@ -25,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from medqlora import processes
 from medqlora.config import CONFIG_DIR
 from medqlora.errors import ConfigError, MedQLoRAError
 
@@ -81,7 +83,6 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
             show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing
             exit_codes: list[int] = []
             process = os.getpid()
 
@@ -107,10 +108,14 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                     _close_logs()
 
             _console_logging()
+            if (refusal := _why_not_here(config_name)) is not None:
+                sys.exit(_report(refusal))
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing
             try:
-                hydra.main(
-                    version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name
-                )(job)()
+                with _run_folder_of_this_process():
+                    hydra.main(
+                        version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name
+                    )(job)()
             except _JobFailed:
                 exit_codes.append(1)
             except (KeyboardInterrupt, HydraException, OmegaConfBaseException, ValueError) as error:
@@ -132,6 +137,38 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def _why_not_here(verb: str) -> ConfigError | None:
+    """Why `torchrun` cannot start this command in several processes; None if it can."""
+    if processes.world_size() == 1:
+        return None
+    if verb != "train":
+        return ConfigError(
+            f"torchrun started {processes.world_size()} processes, and medqlora.{verb} works in "
+            f"one. Type: python -m medqlora.{verb} ..."
+        )
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        return ConfigError(
+            "torchrun with -m would run every job of the sweep in the same processes. Type one "
+            "torchrun line a job, or sweep over single devices: python -m medqlora.train -m ..."
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _run_folder_of_this_process() -> Iterator[None]:
+    """Let Hydra make a run folder for the first process alone; the others get one to throw away."""
+    if not processes.rank():
+        yield
+        return
+    arguments = sys.argv
+    with tempfile.TemporaryDirectory(prefix="medqlora-") as folder:
+        sys.argv = [*arguments, f"hydra.run.dir={folder}"]
+        try:
+            yield
+        finally:
+            sys.argv = arguments
 
 
 def move_log(old: Path, new: Path) -> None:
@@ -188,7 +225,16 @@ def command_line(verb: str) -> str:
         task = HydraConfig.get().overrides.task
         # The values that a named sweep gives to this job are overrides of the job already.
         words = [word for word in task if not word.startswith(("sweep=", "+sweep="))]
-    return f"python -m medqlora.{verb} " + shlex.join(words)
+    return f"{_launcher()} -m medqlora.{verb} " + shlex.join(words)
+
+
+def _launcher() -> str:
+    """What started this process."""
+    if not processes.launched():
+        return "python"
+    here, everywhere = processes.local_world_size(), processes.world_size()
+    nodes = f"--nnodes {everywhere // here} " if everywhere > here else ""
+    return f"torchrun {nodes}--nproc-per-node {here}"
 
 
 def one_line(error: BaseException) -> str:
@@ -219,13 +265,17 @@ def _report(error: BaseException, place: str = "") -> int:
         log.debug("traceback", exc_info=error)
         code, text = 1, f"{one_line(error)} (HYDRA_FULL_ERROR=1 shows where)"
     log.debug("ended with exit code %d: %s", code, text)
+    if processes.rank():
+        if code == 2:
+            return code  # the first process says the same
+        place = f"process {processes.rank()}: "
     print(f"error: {place}{text}", file=sys.stderr, flush=True)
     return code
 
 
 def _keeps_log() -> bool:
     """Verbs that only print set `hydra.run.dir=.` and leave no file behind."""
-    return HydraConfig.get().run.dir != "." or is_sweep()
+    return (HydraConfig.get().run.dir != "." or is_sweep()) and not processes.rank()
 
 
 def _no_folder(error: OSError) -> ConfigError:
@@ -265,7 +315,7 @@ def _console_logging() -> None:
 
     class Concise(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            own = record.name.startswith("medqlora")
+            own = record.name.startswith("medqlora") and not processes.rank()
             return record.levelno >= (logging.INFO if own else logging.ERROR)
 
     handler = logging.StreamHandler()

@@ -139,7 +139,8 @@ def _check(cfg: DictConfig) -> None:
         raise ConfigError("export needs run=runs/DAY/TIME, and run is not given.")
     if cfg.format not in FORMATS:
         hint = (
-            " llama.cpp's convert_hf_to_gguf.py makes one from the folder of format=merged."
+            " llama.cpp's convert_hf_to_gguf.py makes one from the folder of format=merged and the "
+            "base's tokenizer.model."
             if cfg.format == "gguf"
             else ""
         )

@@ -5,6 +5,7 @@ The only module that makes objects from YAML: everything below is given plain va
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import os
@@ -30,7 +31,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from medqlora import processes
 from medqlora.acceleration import (
+    Acceleration,
     accelerate,
     prepare_for_training,
     use_packed_attention,
@@ -47,7 +50,9 @@ from medqlora.evaluation import (
 )
 from medqlora.evaluation.generation import Generator, unpack
 from medqlora.finetuning import (
+    AdapterParallel,
     AtomicCheckpointIO,
+    FullFinetuning,
     MCQAModule,
     attach_adapter,
     count_trainable,
@@ -87,6 +92,9 @@ ADAPTER_DIR = "adapter"
 
 BASELINES = ("base_16bit", "base_quantized")
 """What `baselines` of train can name."""
+
+STRATEGIES = ("ddp", "fsdp")
+"""What `trainer.strategy` can be: how several devices share the work."""
 
 BACKENDS = ("auto", "packed", "stock")
 """What `evaluate.backend` can be."""
@@ -183,6 +191,60 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"baselines={sorted(unknown)} are unknown. Choose among {', '.join(BASELINES)}, or []."
         )
+    _check_processes(cfg)
+
+
+def _check_processes(cfg: Config) -> None:
+    """Refuse what does not go together with the processes there are."""
+    trainer = cfg["trainer"]
+    strategy, devices = trainer.get("strategy"), trainer.get("devices", 1)
+    if strategy not in (None, "auto", *STRATEGIES):
+        raise ConfigError(
+            f"trainer.strategy={strategy} is unknown. Choose trainer=ddp or trainer=fsdp, or "
+            "trainer=gpu for one device."
+        )
+    if strategy in STRATEGIES and not processes.launched():
+        raise ConfigError(
+            f"trainer={strategy} needs one process a device, and Lightning would start them by "
+            "running this Hydra command again in each. Type: torchrun --nproc-per-node 2 -m "
+            f"medqlora.train trainer={strategy} ..."
+        )
+    if strategy not in STRATEGIES:
+        if processes.world_size() > 1:
+            raise ConfigError(
+                f"torchrun started {processes.world_size()} processes, and this trainer uses one "
+                "device, so each would do the whole run. Add trainer=ddp or trainer=fsdp."
+            )
+        if devices not in (1, "auto", "1"):
+            raise ConfigError(
+                f"trainer.devices={devices} needs as many processes. Type: torchrun "
+                "--nproc-per-node N -m medqlora.train trainer=ddp ..."
+            )
+        return
+    acceleration = make(cfg["acceleration"])
+    if acceleration.compile == "cuda_graphs" and strategy == "fsdp":
+        raise ConfigError(
+            "acceleration.compile=cuda_graphs cannot record trainer=fsdp, which fetches weights "
+            "in between. Set acceleration.compile=auto, or choose trainer=ddp."
+        )
+    if strategy == "fsdp":
+        if acceleration.fused == "on" or acceleration.float8:
+            raise ConfigError(
+                "acceleration.fused=on and float8=true read 4-bit weights that trainer=fsdp does "
+                "not have. Set acceleration.fused=auto acceleration.float8=false, or choose "
+                "trainer=ddp."
+            )
+        quant = make(cfg["quant"])
+        if quant.changes_weights:
+            raise ConfigError(
+                f"quant.data_type={quant.data_type} with trainer=fsdp would cut blocks of "
+                "quantised weights apart. Choose quant=none, or trainer=ddp with this quant."
+            )
+        if isinstance(make(cfg["peft"]), FullFinetuning):
+            raise ConfigError(
+                "peft=full with trainer=fsdp would leave every weight whole: only frozen weights "
+                "are shared out. Choose an adapter, such as peft=lora_r16, or trainer=ddp."
+            )
 
 
 def build_datamodule(cfg: Config, *, loss_targets: str = "answer") -> MedMCQADataModule:
@@ -201,25 +263,33 @@ def build_datamodule(cfg: Config, *, loss_targets: str = "answer") -> MedMCQADat
         seed=cfg["seed"],
         targets=loss_targets,
         pin_memory=device_of(cfg).type == "cuda",
+        rank=processes.rank(),
+        world_size=processes.world_size(),
     )
     assert isinstance(datamodule, MedMCQADataModule)
     return datamodule
 
 
-def build_base(cfg: Config, quant: QuantConfig | None = None) -> GemmaForCausalLM:
+def build_base(
+    cfg: Config, quant: QuantConfig | None = None, *, cache_dir: Path | None = None
+) -> GemmaForCausalLM:
     """The frozen base model on its device, stored as `quant` says, switched to packed rows.
 
     Args:
         cfg: A composed config.
         quant: Storage; that of the config if None.
+        cache_dir: Folder for a quantised copy; None for this machine's, where
+            `model.cache_quantized` asks for one.
     """
     model = cfg["model"]
+    if cache_dir is None and model.get("cache_quantized"):
+        cache_dir = _cache_dir()
     base = load_base(
         model["path"],
         quant or make(cfg["quant"]),
         revision=model.get("revision"),
         device=device_of(cfg),
-        cache_dir=_cache_dir() if model.get("cache_quantized") else None,
+        cache_dir=cache_dir,
     )
     use_packed_attention(base)
     return base
@@ -421,8 +491,17 @@ def build_trainer(
     cfg: Config, run_dir: Path, callbacks: Mapping[str, Callback], loggers: list[Logger]
 ) -> Trainer:
     """Lightning's Trainer for one run."""
+    strategy = cfg["trainer"].get("strategy")
+    several: dict[str, Any] = {}
+    if strategy in STRATEGIES:
+        several = {
+            "strategy": AdapterParallel(shard_base=strategy == "fsdp"),
+            "devices": processes.local_world_size(),
+            "num_nodes": processes.world_size() // processes.local_world_size(),
+        }
     return make(
         cfg["trainer"],
+        **several,
         callbacks=list(callbacks.values()),
         logger=loggers,
         default_root_dir=str(run_dir),
@@ -476,7 +555,10 @@ def score(cfg: Config, module: MCQAModule, datamodule: MedMCQADataModule, split:
     device = device_of(cfg)
     trainer = Trainer(
         accelerator=cfg["trainer"]["accelerator"],
-        devices=1,
+        # Each process scores its own rows, and the metrics gather them.
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        # Weights that are shared out cannot be fetched in inference mode.
+        inference_mode=cfg["trainer"].get("strategy") != "fsdp",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -634,7 +716,12 @@ def _letter_rows(base: GemmaForCausalLM, datamodule: MedMCQADataModule) -> Tenso
 
 def accelerate_for(cfg: Config, model: nn.Module, token_budget: int) -> None:
     """Choose how the model runs rows of a length; see `acceleration.accelerate`."""
-    how = accelerate(model, make(cfg["acceleration"]), device_of(cfg), token_budget)
+    options = make(cfg["acceleration"])
+    assert isinstance(options, Acceleration)
+    if cfg["trainer"].get("strategy") == "fsdp":
+        # Neither finds the weights of a layer before it is fetched.
+        options = dataclasses.replace(options, compile="none", fused="off")
+    how = accelerate(model, options, device_of(cfg), token_budget)
     log.debug("rows of %d tokens: %s", token_budget, how)
 
 

@@ -21,7 +21,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from medqlora import pipeline
+from medqlora import pipeline, processes
 from medqlora.data import MedMCQADataModule
 from medqlora.entry import choices, command_line, one_line
 from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError, TrainingError
@@ -73,8 +73,9 @@ class RunRecord:
         self.metrics = metrics
 
     def write(self) -> None:
-        """Write `metrics.json` as it stands, atomically."""
-        write_metrics(self.run_dir, self.metrics)
+        """Write `metrics.json` as it stands, atomically; the first process alone writes."""
+        if not processes.rank():
+            write_metrics(self.run_dir, self.metrics)
 
 
 def describe(config: Mapping[str, Any] | None) -> str:
@@ -131,7 +132,8 @@ def record_score(record: RunRecord, split: str, scored: pipeline.Scored) -> None
         "questions_per_second": len(scored.predictions) / scored.seconds,
         "peak_memory_gb": scored.peak_memory_gb,
     }
-    write_predictions(record.run_dir, scored.predictions)
+    if not processes.rank():
+        write_predictions(record.run_dir, scored.predictions)
 
 
 def section_key(split: str) -> str:
@@ -146,7 +148,7 @@ def record_calibration(record: RunRecord, splits: Sequence[str]) -> None:
         record: Its run folder holds the predictions; `calibration` is filled in.
         splits: What was scored; without val nothing is fitted, without test nothing measured.
     """
-    if "val" not in splits:
+    if "val" not in splits or processes.rank():
         return
     fitted = fit_on(read_predictions(record.run_dir, "val"))
     if fitted is None:
@@ -201,6 +203,30 @@ def record_base(
     )
     if paired is not None:
         record.metrics.setdefault("paired", {})[split] = paired
+
+
+def from_run(
+    cfg: DictConfig, saved: Mapping[str, Any], groups: Sequence[str], overridden: set[str]
+) -> DictConfig:
+    """Take what the command line left open from the config of a run.
+
+    Args:
+        cfg: The composed config.
+        saved: The config of the run.
+        groups: Keys of the top level that can come from it.
+        overridden: Keys that were given on the command line. A group ("data") comes whole from the
+            command line; of one that comes from the run, single values ("data.limit_test") change.
+    """
+    merged: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    for key in groups:
+        if key not in overridden and key in saved:
+            merged[key] = saved[key]
+    complete = OmegaConf.create(merged)
+    for key in overridden:
+        group = key.split(".")[0]
+        if key != group and group in groups and group not in overridden:
+            OmegaConf.update(complete, key, OmegaConf.select(cfg, key), force_add=True)
+    return complete
 
 
 def free_memory() -> None:
@@ -269,6 +295,9 @@ def recorded(
         hardware=hardware(),
     )
     record = RunRecord(run_dir, metrics)
+    if processes.rank():
+        yield record  # the first process keeps the folder
+        return
     _refuse_foreign_folder(run_dir, metrics["config_hash"], go_on or values.get("resume") == "auto")
     earlier = _earlier_seconds(run_dir)
     there = _names(run_dir)

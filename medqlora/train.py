@@ -13,11 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from rich.console import Console
 
-from medqlora import pipeline
+from medqlora import pipeline, processes
 from medqlora.budget import with_token_budget
 from medqlora.data import MedMCQADataModule
 from medqlora.entry import choices, command, is_sweep, move_log
@@ -31,8 +32,10 @@ from medqlora.finetuning import (
     RunCheckpoints,
     find_resumable,
     fit,
+    fit_in_memory,
     load_trained_weights,
     save_adapter,
+    token_budget_of,
 )
 from medqlora.runs import (
     RunRecord,
@@ -72,7 +75,14 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
         MedQLoRAError: If the request cannot work or the run failed.
         RunInterrupted: If it was asked to stop; its state is saved.
     """
+    with processes.connected(cfg.trainer.accelerator):
+        return _train_here(cfg, run_dir)
+
+
+def _train_here(cfg: DictConfig, run_dir: Path) -> Path:
     cfg = with_token_budget(cfg)
+    if processes.world_size() > 1:  # the smallest device decides what `auto` found
+        cfg.data.token_budget = min(processes.gathered(cfg.data.token_budget))
     if is_sweep():
         with job_place(cfg, run_dir, move_log) as place:
             if place.done:
@@ -81,12 +91,13 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
                 _train_in(cfg, place.run_dir, sweep=True, go_on=place.go_on)
         return place.run_dir
     _check(cfg)
-    if cfg.resume == "auto" and not has_checkpoint(run_dir):
+    if cfg.resume == "auto" and not has_checkpoint(run_dir) and not processes.rank():
         root = Path(cfg.get("run_root") or run_dir.parent.parent)
         earlier = find_unfinished(root, config_hash(resolved(cfg)))
         if earlier is not None:
             move_log(run_dir, earlier)
             run_dir = earlier
+    run_dir = processes.from_first(run_dir)
     _train_in(cfg, run_dir, sweep=False, go_on=cfg.resume == "auto")
     return run_dir
 
@@ -101,7 +112,8 @@ def _train_in(cfg: DictConfig, run_dir: Path, *, sweep: bool, go_on: bool) -> No
             _train(cfg, run_dir, record, go_on=go_on)
         finally:
             free_memory()
-    _print_table(run_dir)
+    if not processes.rank():
+        _print_table(run_dir)
 
 
 def _check(cfg: DictConfig) -> None:
@@ -110,9 +122,13 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) -> None:
-    loss = pipeline.make(cfg.loss)
-    datamodule = pipeline.build_datamodule(cfg, loss_targets=loss.targets)
-    datamodule.setup()
+    checkpoint = find_resumable(run_dir / "checkpoints") if go_on else None
+    if checkpoint is not None:
+        saved = token_budget_of(checkpoint)
+        if saved is not None and saved < cfg.data.token_budget:
+            cfg = _with_rows(cfg, saved, cfg.data.token_budget // saved)
+            log.info("going on with data.token_budget=%d, as memory did not suffice before", saved)
+    datamodule = _read_data(cfg)
     if "train" not in datamodule.questions:
         raise ConfigError(
             f"data={datamodule.name} has no train questions here, so there is nothing to learn "
@@ -124,6 +140,64 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
     for name in cfg.baselines:
         _score_baseline(cfg, run_dir, datamodule, name, splits)
 
+    def train_with(token_budget: int, accumulate_grad_batches: int) -> None:
+        if token_budget == cfg.data.token_budget:
+            _fit_and_score(cfg, run_dir, record, datamodule, go_on=go_on)
+            return
+        _start_over(run_dir)
+        shorter = _with_rows(
+            cfg, token_budget, accumulate_grad_batches // cfg.trainer.accumulate_grad_batches
+        )
+        _fit_and_score(shorter, run_dir, record, _read_data(shorter), go_on=False)
+
+    fit_in_memory(
+        train_with,
+        cfg.data.token_budget,
+        cfg.trainer.accumulate_grad_batches,
+        smallest=datamodule.longest,
+    )
+
+
+def _read_data(cfg: DictConfig) -> MedMCQADataModule:
+    datamodule = pipeline.build_datamodule(cfg, loss_targets=pipeline.make(cfg.loss).targets)
+    datamodule.setup()
+    return datamodule
+
+
+def _with_rows(cfg: DictConfig, token_budget: int, times: int) -> DictConfig:
+    """The config with shorter rows, and that many times as many an update and a validation."""
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[assignment]
+    cfg.data.token_budget = token_budget
+    for key in ("eval_token_budget", "max_length"):
+        if cfg.data.get(key):
+            cfg.data[key] = min(cfg.data[key], token_budget)
+    cfg.trainer.accumulate_grad_batches *= times
+    if isinstance(cfg.trainer.get("val_check_interval"), int):
+        cfg.trainer.val_check_interval *= times
+    return cfg
+
+
+def _start_over(run_dir: Path) -> None:
+    """Remove what training wrote so far: rows of another length are another order of questions."""
+    if not processes.rank():
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        (run_dir / "metrics.csv").unlink(missing_ok=True)
+
+
+def _fit_and_score(
+    cfg: DictConfig,
+    run_dir: Path,
+    record: RunRecord,
+    datamodule: MedMCQADataModule,
+    *,
+    go_on: bool,
+) -> None:
+    """Train, keep the adapter and score it.
+
+    Raises:
+        OutOfMemory: If training needs more memory than the device has.
+    """
+    splits = [split for split in ("val", "test") if split in datamodule.questions]
     base = pipeline.build_base(cfg)
     revision = base.config._commit_hash
     identity = {
@@ -133,16 +207,9 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
         "config_hash": record.metrics["config_hash"],
     }
     checkpoint = find_resumable(run_dir / "checkpoints", identity) if go_on else None
+    checkpoint = processes.from_first(checkpoint)
     callbacks = pipeline.build_callbacks(cfg, run_dir, datamodule, identity)
-    loggers = pipeline.make(
-        cfg.logger,
-        run_dir=run_dir,
-        run_config=resolved(cfg),
-        group=run_dir.parent.name if is_sweep() else None,
-        tags=[
-            f"{group}={name}" for group, name in choices("train").items() if group in _TAGS and name
-        ],
-    )
+    loggers = _build_loggers(cfg, run_dir)
     exit_code = 1
     try:
         trainer = pipeline.build_trainer(cfg, run_dir, callbacks, loggers)
@@ -150,6 +217,11 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
         steps = pipeline.num_updates(cfg, datamodule)
         module = pipeline.build_training_module(cfg, base, datamodule, steps)
         record.metrics["model"] = pipeline.model_section(cfg, module.model)
+        record.metrics["train"].update(
+            token_budget=datamodule.token_budget,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            num_processes=trainer.world_size,
+        )
         record.write()
         log.info(
             "training %s of %s weights on %d questions, %d updates of %d rows of %d tokens",
@@ -157,7 +229,7 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
             f"{record.metrics['model']['num_parameters']:,}",
             len(datamodule.questions["train"]),
             steps,
-            trainer.accumulate_grad_batches,
+            trainer.accumulate_grad_batches * trainer.world_size,
             datamodule.token_budget,
         )
         if checkpoint is not None:
@@ -174,16 +246,19 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
         ):
             load_trained_weights(module.model, checkpoints.best_path)
             record.metrics["train"]["best_step"] = checkpoints.best_step
-        save_adapter(
-            cast(PeftModel, module.model),
-            run_dir / pipeline.ADAPTER_DIR,
-            base_name=cfg.model.path,
-            revision=identity["model.revision"],
-        )
+        if not processes.rank():
+            save_adapter(
+                cast(PeftModel, module.model),
+                run_dir / pipeline.ADAPTER_DIR,
+                base_name=cfg.model.path,
+                revision=identity["model.revision"],
+            )
         module.eval()
         for split in splits:
             record_score(record, split, pipeline.score(cfg, module, datamodule, split))
             log_result(loggers, split, record.metrics[split])
+        if processes.rank():
+            return
         record_calibration(record, splits)
         _compare(cfg, record, datamodule, splits)
         exit_code = 0
@@ -192,6 +267,21 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
         raise
     finally:
         finish_loggers(loggers, exit_code)
+
+
+def _build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
+    """The loggers of a run; the first process logs for all."""
+    if processes.rank():
+        return []
+    return pipeline.make(
+        cfg.logger,
+        run_dir=run_dir,
+        run_config=resolved(cfg),
+        group=run_dir.parent.name if is_sweep() else None,
+        tags=[
+            f"{group}={name}" for group, name in choices("train").items() if group in _TAGS and name
+        ],
+    )
 
 
 def _train_section(callbacks: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +315,8 @@ def _score_baseline(
 ) -> None:
     """Score a base without adapter and keep it as a run folder of its own, `baselines/NAME`."""
     folder = run_dir / "baselines" / name
-    if not splits or (folder / "predictions.parquet").exists():
+    done = processes.from_first((folder / "predictions.parquet").exists())
+    if not splits or done:
         return
     values = resolved(cfg)
     if name == "base_16bit":
@@ -239,8 +330,9 @@ def _score_baseline(
     baseline = OmegaConf.create({key: values[key] for key in _SCORING_KEYS if key in values})
     if is_sweep() and _copy_baseline(run_dir, folder, resolved(baseline), splits):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").unlink(missing_ok=True)
+    if not processes.rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
     with recorded(baseline, folder, "evaluate", keep_refused=True) as record:
         score_into(record, baseline, datamodule, splits)
     free_memory()

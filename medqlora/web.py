@@ -330,7 +330,7 @@ class QuietServer(uvicorn.Server):
 
 
 def _patient_for(timeout: float) -> type[H11Protocol]:
-    """The protocol of uvicorn, which by itself waits for ever for the rest of a request's headers."""
+    """The protocol of uvicorn, which by itself waits for ever for the rest of the headers."""
 
     class Protocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None

@@ -28,7 +28,9 @@ ROOTS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
 OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONFIG_DIR.glob("*/*.yaml") if path.is_file()
 )
-COMMAND = re.compile(r"^#\s+python -m medqlora\.(\w+)(.*)$", re.MULTILINE)
+COMMAND = re.compile(
+    r"^#\s+(?:python|torchrun --nproc-per-node 2) -m medqlora\.(\w+)(.*)$", re.MULTILINE
+)
 
 
 def groups_of(root: str) -> set[str]:
@@ -232,6 +234,11 @@ def _make_acceleration(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
 def _make_trainer(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="trainer=cpu"):
+            pipeline.check(cfg)
+        if "strategy" not in cfg.trainer:
+            return
+        cfg = OmegaConf.merge(cfg, {"trainer": {"accelerator": "cpu"}})
+        with pytest.raises(ConfigError, match="torchrun --nproc-per-node"):
             pipeline.check(cfg)
         return
     trainer = pipeline.build_trainer(cfg, tmp_path, {}, [])

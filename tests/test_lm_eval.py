@@ -6,6 +6,7 @@ output head over every token, medqlora packs rows and multiplies four rows of it
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ from medqlora import pipeline
 from medqlora.config import compose
 from medqlora.evaluate import evaluate
 from medqlora.evaluation import read_predictions, read_run
+from medqlora.export import export
 from medqlora.schema import Question
+from medqlora.train import train
 from tests.data.data_tools import make_tokenizer, write_jsonl
 
 COLUMNS = ("opa", "opb", "opc", "opd")
@@ -197,6 +200,40 @@ def test_predictions_equal_those_of_lm_evaluation_harness(gemma, tmp_path, size,
     # Agreement on one constant letter would say little.
     shares = np.bincount(list(ours.values()), minlength=4) / len(ours)
     assert (shares > 0.02).sum() >= 3, shares
+
+
+def test_a_merged_export_has_the_same_accuracy_in_lm_evaluation_harness(gemma, tmp_path):
+    """The folder as it leaves the run, read by the harness alone, and again by `evaluate`."""
+    rows = made_up_rows(100, seed=9)
+    options = [
+        "data=files",
+        f"data.train_file={write_jsonl(tmp_path / 'train.jsonl', made_up_rows(64, seed=10))}",
+        f"data.test_file={write_jsonl(tmp_path / 'test.jsonl', rows)}",
+        "data.label_base=0",
+        "data.token_budget=2048",
+        "trainer=cpu",
+    ]
+    training = ["logger=csv", "callbacks.progress=null", "baselines=[]", "trainer.max_steps=6"]
+    training += ["quant=nf4_fp32", "optimizer=adamw", "optimizer.lr=0.01"]
+    model = [f"model.path={gemma('tiny')}", "model.revision=null"]
+    run_dir = train(compose("train", [*options, *training, *model]), tmp_path / "run")
+    folder = export(compose("export", [f"run={run_dir}", "device=cpu"]))
+
+    theirs = harness(str(folder), rows, [])
+    scoring = [f"model.path={folder}", "model.revision=null", "quant=none_fp32"]
+    scored = evaluate(
+        compose("evaluate", [*options, *scoring, "evaluate.figures=false"]), tmp_path / "scored"
+    )
+    section = read_run(scored).metrics["test"]
+    ours = {p.id: p.prediction for p in read_predictions(scored, "test")}
+    assert ours == theirs["predictions"]
+    assert round(section["accuracy"], 4) == round(theirs["accuracy"], 4)
+    stated = json.loads((folder / "export.json").read_text())
+    near = stated["num_changed_answers"] / stated["n"] + 0.02  # the export scores in bfloat16
+    assert abs(stated["merged"]["accuracy"] - theirs["accuracy"]) <= near
+    # The adapter must matter, or the bare base would pass.
+    bare = harness(gemma("tiny"), rows, [])["predictions"]
+    assert np.mean([bare[key] != ours[key] for key in ours]) > 0.1
 
 
 def test_the_prompt_of_every_question_is_that_of_the_task():

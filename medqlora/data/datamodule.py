@@ -498,6 +498,11 @@ class MedMCQADataModule(LightningDataModule):
         """Questions of the source that were left out because of a finding."""
         return sum(self.dropped.values())
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest question of any split, below which no row can be."""
+        return max(int(tokens.lengths.max()) for tokens in self._tokenized.values())
+
     def num_rows(self, split: str) -> int:
         """Rows of one pass over `split` on each rank: steps an epoch before accumulation."""
         return self._plan(split).num_rows // self._world()[1]
@@ -507,8 +512,7 @@ class MedMCQADataModule(LightningDataModule):
         return self._plan(split).fill_fraction
 
     def _fix_shapes(self) -> None:
-        longest = max(int(tokens.lengths.max()) for tokens in self._tokenized.values())
-        self.max_length = min(64 * -(-longest // 64), self.token_budget)
+        self.max_length = min(64 * -(-self.longest // 64), self.token_budget)
         # The split with the shortest questions puts most of them into a row.
         self._mean_length = min(float(tokens.lengths.mean()) for tokens in self._tokenized.values())
         self.max_questions = max_questions_of(self._mean_length, self.token_budget)

@@ -27,13 +27,16 @@ from medqlora.finetuning.checkpoints import (
     find_resumable,
     load_trained_weights,
     read_checkpoint,
+    token_budget_of,
 )
 from medqlora.finetuning.losses import ChoiceLoss, ExplanationLoss, Loss, TokenLoss
-from medqlora.finetuning.memory import fit_in_memory, is_out_of_memory
+from medqlora.finetuning.memory import OutOfMemory, fit_in_memory, is_out_of_memory
 from medqlora.finetuning.module import MCQAModule
+from medqlora.finetuning.parallel import AdapterParallel
 from medqlora.finetuning.report import ValidationReport
 
 __all__ = [
+    "AdapterParallel",
     "AtomicCheckpointIO",
     "ChoiceLoss",
     "ExplanationLoss",
@@ -43,6 +46,7 @@ __all__ = [
     "Loss",
     "MCQAModule",
     "NaNGuard",
+    "OutOfMemory",
     "PeakMemory",
     "ProgressBar",
     "RunCheckpoints",
@@ -63,5 +67,6 @@ __all__ = [
     "no_adapter",
     "read_checkpoint",
     "save_adapter",
+    "token_budget_of",
     "trainable_state",
 ]

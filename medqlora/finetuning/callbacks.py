@@ -9,16 +9,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
+from medqlora import processes
 from medqlora.errors import TrainingError
 from medqlora.finetuning.checkpoints import RunCheckpoints, between_updates
+from medqlora.finetuning.memory import OutOfMemory, is_out_of_memory
 from medqlora.schema import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -28,11 +30,20 @@ class Throughput(Callback):
     """Questions and tokens a second of training, without waiting for the device in between.
 
     The clock stops during validation and starts after `warmup_steps` rows, which hold compilation.
-    It waits for the device only where it starts and stops.
+    It waits for the device only where it starts and stops. Of several processes each counts its own
+    rows; their sum is taken when a checkpoint is written and at the end.
 
     Args:
         warmup_steps: Rows left out at the start.
     """
+
+    _COUNTS: ClassVar = {
+        "num_questions": "num_questions",
+        "num_tokens": "num_tokens",
+        "num_places": "num_places",
+        "timed_questions": "_timed_questions",
+        "timed_tokens": "_timed_tokens",
+    }
 
     def __init__(self, warmup_steps: int = 3) -> None:
         self.warmup_steps = warmup_steps
@@ -77,15 +88,17 @@ class Throughput(Callback):
             self._timed_tokens += batch.num_tokens
             if between_updates(trainer):
                 for name in ("questions_per_second", "tokens_per_second"):
-                    pl_module.log(f"train/{name}", getattr(self, name) or 0.0, batch_size=1)
+                    rate = (getattr(self, name) or 0.0) * trainer.world_size
+                    pl_module.log(f"train/{name}", rate, batch_size=1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._stop(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock, and count what all processes did."""
         self._stop(pl_module)
+        self._set_counts(self._summed())
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -103,7 +116,7 @@ class Throughput(Callback):
 
     @property
     def questions_per_second(self) -> float | None:
-        """Questions trained on a second, by this process; None before the clock started."""
+        """Questions trained on a second; None before the clock started."""
         return self._timed_questions / self.seconds if self._timed_questions else None
 
     @property
@@ -128,23 +141,21 @@ class Throughput(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and seconds, so that a resumed run reports the whole of it."""
-        return {
-            "num_questions": self.num_questions,
-            "num_tokens": self.num_tokens,
-            "num_places": self.num_places,
-            "timed_questions": self._timed_questions,
-            "timed_tokens": self._timed_tokens,
-            "seconds": self.seconds,
-        }
+        return {**self._summed(), "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the counts of the earlier part."""
-        self.num_questions = state_dict["num_questions"]
-        self.num_tokens = state_dict["num_tokens"]
-        self.num_places = state_dict["num_places"]
-        self._timed_questions = state_dict["timed_questions"]
-        self._timed_tokens = state_dict["timed_tokens"]
+        """Go on with the counts of the earlier part, which the first process takes over."""
+        self._set_counts(dict.fromkeys(state_dict, 0) if processes.rank() else state_dict)
         self._seconds = state_dict["seconds"]
+
+    def _summed(self) -> dict[str, int]:
+        counts = {name: getattr(self, attribute) for name, attribute in self._COUNTS.items()}
+        everywhere = processes.gathered(counts)
+        return {name: sum(counts[name] for counts in everywhere) for name in counts}
+
+    def _set_counts(self, counts: Mapping[str, Any]) -> None:
+        for name, attribute in self._COUNTS.items():
+            setattr(self, attribute, counts[name])
 
     def _start(self, pl_module: LightningModule) -> None:
         _wait(pl_module)
@@ -158,7 +169,10 @@ class Throughput(Callback):
 
 
 class PeakMemory(Callback):
-    """The most memory that training held: allocated on the GPU, or resident in main memory."""
+    """The most memory that training held: allocated on the GPU, or resident in main memory.
+
+    Of several processes, that of the one that held most.
+    """
 
     def __init__(self) -> None:
         self.peak_memory_gb: float | None = None
@@ -175,6 +189,7 @@ class PeakMemory(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read it at the end."""
         self._read(trainer, pl_module)
+        self.peak_memory_gb = max(processes.gathered(self.peak_memory_gb or 0.0))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -235,7 +250,8 @@ class NaNGuard(Callback):
             TrainingError: If a loss or a trained weight is not finite.
         """
         self.check()
-        state = {n: t for n, t in checkpoint["state_dict"].items() if t.numel()}
+        trained = {n for n, p in pl_module.named_parameters() if p.requires_grad and p.numel()}
+        state = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
         if not state:
             return
         # Lightning hands the weights over on whichever device they are saved from.
@@ -260,22 +276,29 @@ class NaNGuard(Callback):
             TrainingError: If a loss was not finite.
         """
         recent, self._recent = self._recent, []
-        if not recent:
+        # A bad row of one process spoils the weights of all, so the earliest is the cause.
+        found = [row for row in processes.gathered(self._first_bad(recent)) if row is not None]
+        if not found:
             return
-        finite = torch.stack([loss for _, loss, _ in recent]).isfinite().tolist()
-        if all(finite):
-            return
-        step, loss, index = recent[finite.index(False)]
-        ids = [self._name(i) for i in index.tolist() if i >= 0]
-        log.error(
-            "the loss was %s at step %d on the questions %s", loss.item(), step, ", ".join(ids)
-        )
+        step, loss, ids = min(found)
+        log.error("the loss was %s at step %d on the questions %s", loss, step, ", ".join(ids))
         raise TrainingError(
-            f"the loss became {loss.item()} at step {step}, on a row of {len(ids)} questions from "
+            f"the loss became {loss} at step {step}, on a row of {len(ids)} questions from "
             f"{ids[0]} to {ids[-1]} (all in train.log); the last good checkpoint is kept. Lower "
             "optimizer.lr or trainer.gradient_clip_val, or audit the data: python -m "
             "medqlora.audit."
         )
+
+    def _first_bad(
+        self, recent: list[tuple[int, Tensor, Tensor]]
+    ) -> tuple[int, str, list[str]] | None:
+        if not recent:
+            return None
+        finite = torch.stack([loss for _, loss, _ in recent]).isfinite().tolist()
+        if all(finite):
+            return None
+        step, loss, index = recent[finite.index(False)]
+        return step, str(loss.item()), [self._name(i) for i in index.tolist() if i >= 0]
 
     def _name(self, index: int) -> str:
         return self.question_ids[index] if index < len(self.question_ids) else str(index)
@@ -361,8 +384,10 @@ class _StopNow(Exception):
 class GracefulStop(Callback):
     """On Ctrl-C or SIGTERM saves `last.ckpt` after the update under way, then ends the run.
 
-    A second signal ends it at once. Run through `fit`, which turns the end into `RunInterrupted`.
-    Belongs behind the callbacks that count (`Throughput`), whose state the checkpoint holds.
+    A second signal ends it at once; of several processes all stop after the same update, and a
+    second signal is let pass, since `torchrun` sends one of its own. Run through `fit`, which turns
+    the end into `RunInterrupted`. Belongs behind the callbacks that count (`Throughput`), whose
+    state the checkpoint holds.
 
     Args:
         checkpoints: Writes the checkpoint.
@@ -393,8 +418,12 @@ class GracefulStop(Callback):
         A validation runs to its end and is followed by one more update: its result belongs to the
         state that is saved.
         """
-        if self.received is None or not between_updates(trainer):
+        if not between_updates(trainer):
             return
+        received = processes.largest(self.received or 0)
+        if not received:
+            return
+        self.received = received
         if self.checkpoints is not None:
             self.checkpoints.save_last(trainer)
         raise _StopNow
@@ -418,6 +447,8 @@ class GracefulStop(Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is not None:
+            if processes.world_size() > 1:
+                return
             raise KeyboardInterrupt
         self.received = number
         log.warning(
@@ -450,6 +481,7 @@ def fit(
 
     Raises:
         RunInterrupted: If `GracefulStop` ended the run, or a second Ctrl-C did.
+        OutOfMemory: If the device has too little memory.
     """
     stops = [c for c in trainer.callbacks if isinstance(c, GracefulStop)]  # type: ignore[attr-defined]
     try:
@@ -466,6 +498,17 @@ def fit(
         number = next((c.received for c in stops if c.received), signal.SIGINT)
         raise RunInterrupted(
             number, "stopped at once; resume=auto goes on from last.ckpt"
+        ) from None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        log.debug("out of memory at step %d", trainer.global_step, exc_info=error)
+        # Of several processes the others are in the middle of a step and wait for this one.
+        kind = OutOfMemory if processes.world_size() == 1 else TrainingError
+        raise kind(
+            f"out of memory at step {trainer.global_step} ({' '.join(str(error).split())[:160]}). "
+            "Halve data.token_budget and double trainer.accumulate_grad_batches, or set "
+            "acceleration.gradient_checkpointing=true."
         ) from None
 
 

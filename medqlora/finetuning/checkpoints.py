@@ -152,6 +152,18 @@ def find_resumable(directory: str | Path, identity: Mapping[str, Any] | None = N
     return None
 
 
+def token_budget_of(path: str | Path) -> int | None:
+    """Tokens a row of the run that wrote a checkpoint; None where its data have no rows.
+
+    Another number than the config has means that the run was once out of memory.
+
+    Args:
+        path: The checkpoint.
+    """
+    states = (state for state in read_checkpoint(path).values() if isinstance(state, dict))
+    return next((state["token_budget"] for state in states if "token_budget" in state), None)
+
+
 def check_identity(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of a run that is built on something else.
 

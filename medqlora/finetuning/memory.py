@@ -16,12 +16,21 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+class OutOfMemory(TrainingError):
+    """Training ran out of the device's memory."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the device has no memory left."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    signs = (
+        "out of memory",
+        "not enough memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
@@ -38,7 +47,8 @@ def fit_in_memory(
     its first validation: starting over loses little and keeps every update over as many tokens.
 
     Args:
-        run: `run(token_budget, accumulate_grad_batches)` builds everything anew and trains.
+        run: `run(token_budget, accumulate_grad_batches)` builds everything anew and trains. Only
+            its `OutOfMemory` counts: shorter rows do not help a base that cannot even be loaded.
         token_budget: Tokens a row to begin with.
         accumulate_grad_batches: Rows an update to begin with.
         smallest: Tokens of the longest question, below which no row can be.
@@ -52,9 +62,8 @@ def fit_in_memory(
     while True:
         try:
             return run(token_budget, accumulate_grad_batches)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        except OutOfMemory:
+            pass
         # Outside the handler, whose traceback keeps the tensors of the failed step alive.
         _release()
         if token_budget // 2 < smallest:
@@ -66,7 +75,7 @@ def fit_in_memory(
             )
         token_budget, accumulate_grad_batches = token_budget // 2, accumulate_grad_batches * 2
         log.warning(
-            "out of memory: going on with data.token_budget=%d and "
+            "out of memory: starting over with data.token_budget=%d and "
             "trainer.accumulate_grad_batches=%d, so that an update sees as many tokens",
             token_budget,
             accumulate_grad_batches,

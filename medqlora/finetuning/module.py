@@ -18,6 +18,7 @@ from medqlora.evaluation.metrics import LetterMetrics, PredictionCollector
 from medqlora.evaluation.scoring import letter_scores
 from medqlora.finetuning.adapters import count_trainable, trainable_state
 from medqlora.finetuning.losses import Loss
+from medqlora.finetuning.parallel import AdapterParallel
 from medqlora.schema import PackedBatch
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
@@ -109,6 +110,7 @@ class MCQAModule(LightningModule):
             mean,
             batch_size=batch.num_questions,
             prog_bar=True,
+            sync_dist=self.trainer.world_size > 1,
         )
         if (tuner := self._adalora()) is not None:
             total = total + count * _orthogonality(tuner)
@@ -121,16 +123,19 @@ class MCQAModule(LightningModule):
         averages are wrong where rows differ (transformers issue 34191). Comes before clipping.
         """
         count = self.window_count
-        if self.trainer.world_size > 1:
-            # Gradients are means over the ranks; the count has to be one as well.
-            count = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
-        scale = cast(Tensor, count).float().clamp(min=1e-6).reciprocal()
         gradients = [
             p.grad
             for group in optimizer.param_groups
             for p in group["params"]
             if p.grad is not None
         ]
+        strategy = self.trainer.strategy
+        if self.trainer.world_size > 1:
+            if isinstance(strategy, AdapterParallel):
+                strategy.average_gradients(gradients)
+            # Gradients are means over the ranks; the count has to be one as well.
+            count = strategy.reduce(count.float(), reduce_op="mean")
+        scale = cast(Tensor, count).float().clamp(min=1e-6).reciprocal()
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
         self.window_count.zero_()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medqlora.errors import TrainingError
-from medqlora.finetuning.memory import fit_in_memory, is_out_of_memory
+from medqlora.finetuning.memory import OutOfMemory, fit_in_memory, is_out_of_memory
 
 
 def device_of(tokens: int):
@@ -19,7 +19,7 @@ def device_of(tokens: int):
     def run(token_budget: int, accumulate: int) -> str:
         seen.append((token_budget, accumulate))
         if token_budget > tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise OutOfMemory("out of memory at step 0")
         return "trained"
 
     return run, seen
@@ -65,7 +65,7 @@ def test_what_the_failed_run_held_is_released_first():
             return
         tensor = torch.zeros(10)
         held.append(weakref.ref(tensor))
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise OutOfMemory("out of memory at step 0")
 
     fit_in_memory(run, 2048, 1, smallest=300)
 
