@@ -36,7 +36,7 @@ from medqlora.acceleration.fused import LINEARS, FusedBackbone, why_not_fused
 from medqlora.schema import PackedBatch
 
 MAX_LENGTH = 256
-WARMUP, STEPS = 4, 20
+WARMUP = 4
 CHECKPOINTING = {"none": False, "mlp": "mlp", "layers": True, "offload": "offload"}
 
 
@@ -175,10 +175,15 @@ class Run:
     checkpointing: str = "none"
     dropout: float = 0.0
     profile: bool = False
+    score: bool = False
+    steps: int = 20
 
     @classmethod
     def parse(cls, text: str) -> Run:
-        """Read `TOKENS[,float8][,cuda_graphs][,mlp|layers|offload][,dropout=P][,profile]`."""
+        """Read `TOKENS[,float8][,cuda_graphs][,mlp|layers|offload][,dropout=P][,steps=N]...`.
+
+        `profile` adds the kernels of one step, `score` leaves training out.
+        """
         tokens, *words = text.split(",")
         options: dict[str, Any] = {}
         for word in words:
@@ -186,7 +191,9 @@ class Run:
                 options["checkpointing"] = word
             elif word.startswith("dropout="):
                 options["dropout"] = float(word.removeprefix("dropout="))
-            elif word in ("float8", "cuda_graphs", "profile"):
+            elif word.startswith("steps="):
+                options["steps"] = int(word.removeprefix("steps="))
+            elif word in ("float8", "cuda_graphs", "profile", "score"):
                 options[word] = True
             else:
                 raise argparse.ArgumentTypeError(f"{word} is unknown")
@@ -213,7 +220,7 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = nn.Dropout(run.dropout)
     weights = torch.cuda.memory_allocated() / 1e9
-    rows = make_rows(lengths, run.tokens, WARMUP + STEPS, 1)
+    rows = make_rows(lengths, run.tokens, WARMUP + run.steps, 1)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     fast = FusedBackbone(
@@ -222,49 +229,59 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
         gradient_checkpointing=CHECKPOINTING[run.checkpointing],
         cuda_graphs=run.cuda_graphs,
     )
-    torch.cuda.reset_peak_memory_stats()
-    started, first, count = time.perf_counter(), 0.0, 0
 
     def step(batch: PackedBatch) -> None:
         loss_of(fast.last_hidden(batch), letters, batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for number, batch in enumerate(rows):
-        if number in (1, WARMUP):
-            torch.cuda.synchronize()
-            first = first or time.perf_counter() - started
-            started = time.perf_counter()
-        step(batch)
-        count += batch.num_questions if number >= WARMUP else 0
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    with torch.no_grad():
-        for batch in rows[:3]:
+    def score(batch: PackedBatch) -> None:
+        with torch.no_grad():
             fast.last_hidden(batch)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for batch in rows:
-            fast.last_hidden(batch)
-        torch.cuda.synchronize()
-        scoring = sum(batch.num_questions for batch in rows) / (time.perf_counter() - started)
-    result = {
-        **asdict(run),
-        "training_questions_per_second": round(count / seconds, 1),
-        "ms_per_step": round(1000 * seconds / STEPS, 2),
-        "scoring_questions_per_second": round(scoring, 1),
-        "first_step_seconds": round(first, 1),
-        "peak_gb": round(peak, 2),
-        "peak_beyond_weights_gb": round(peak - weights, 2),
+
+    result: dict[str, Any] = asdict(run)
+    if not run.score:
+        seconds, first, peak = timed(step, rows)
+        result |= {
+            "training_questions_per_second": round(count_of(rows) / seconds, 1),
+            "ms_per_step": round(1000 * seconds / run.steps, 2),
+            "first_step_seconds": round(first, 1),
+            "peak_gb": round(peak, 2),
+            "peak_beyond_weights_gb": round(peak - weights, 2),
+        }
+    seconds, first, peak = timed(score, rows)
+    result |= {
+        "scoring_questions_per_second": round(count_of(rows) / seconds, 1),
+        "scoring_peak_gb": round(peak, 2),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
     print("RESULT", json.dumps(result), flush=True)
     if run.profile:
-        show_profile("training", lambda: step(rows[-1]))
-        with torch.no_grad():
-            show_profile("scoring", lambda: fast.last_hidden(rows[-1]))
+        if not run.score:
+            show_profile("training", lambda: step(rows[-1]))
+        show_profile("scoring", lambda: score(rows[-1]))
+
+
+def timed(
+    act: Callable[[PackedBatch], None], rows: list[PackedBatch]
+) -> tuple[float, float, float]:
+    """Seconds of the rows behind the warm-up, seconds of the first, peak GB of the allocator."""
+    torch.cuda.reset_peak_memory_stats()
+    started, first = time.perf_counter(), 0.0
+    for number, batch in enumerate(rows):
+        if number in (1, WARMUP):
+            torch.cuda.synchronize()
+            first = first or time.perf_counter() - started
+            started = time.perf_counter()
+        act(batch)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started, first, torch.cuda.max_memory_allocated() / 1e9
+
+
+def count_of(rows: list[PackedBatch]) -> int:
+    """Questions of the rows that are timed."""
+    return sum(batch.num_questions for batch in rows[WARMUP:])
 
 
 def show_profile(title: str, act: Callable[[], object]) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import psutil
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -35,6 +36,9 @@ class Throughput(Callback):
 
     Args:
         warmup_steps: Rows left out at the start.
+
+    Attributes:
+        first_step_seconds: How long the first row took, compilation included; None before its end.
     """
 
     _COUNTS: ClassVar = {
@@ -56,6 +60,8 @@ class Throughput(Callback):
         self._seconds = 0.0
         self._started: float | None = None
         self._num_steps = 0
+        self._first_row_started = 0.0
+        self.first_step_seconds: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rows of this process are counted from here."""
@@ -66,6 +72,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: PackedBatch, batch_idx: int
     ) -> None:
         """Start the clock once the first rows are done."""
+        if self._rows == 0:
+            self._first_row_started = time.perf_counter()
         if self._started is None and self._rows >= self.warmup_steps:
             self._start(pl_module)
 
@@ -79,6 +87,8 @@ class Throughput(Callback):
     ) -> None:
         """Count a row; log the rates at Lightning's interval."""
         self._rows += 1
+        if self._rows == 1:
+            self._say_first_step(pl_module)
         self._num_steps = trainer.global_step
         self.num_questions += batch.num_questions
         self.num_tokens += batch.num_tokens
@@ -137,6 +147,7 @@ class Throughput(Callback):
             "questions_per_second": self.questions_per_second,
             "tokens_per_second": self.tokens_per_second,
             "fill_fraction": self.fill_fraction,
+            "first_step_seconds": self.first_step_seconds,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,6 +167,15 @@ class Throughput(Callback):
     def _set_counts(self, counts: Mapping[str, Any]) -> None:
         for name, attribute in self._COUNTS.items():
             setattr(self, attribute, counts[name])
+
+    def _say_first_step(self, pl_module: LightningModule) -> None:
+        _wait(pl_module)
+        self.first_step_seconds = time.perf_counter() - self._first_row_started
+        log.info(
+            "first step after %.1f s, compilation included; %.1f s since the process started",
+            self.first_step_seconds,
+            time.time() - psutil.Process().create_time(),
+        )
 
     def _start(self, pl_module: LightningModule) -> None:
         _wait(pl_module)
@@ -524,13 +544,37 @@ class ProgressBar(RichProgressBar):
         super().__init__(refresh_rate=refresh_rate, leave=leave)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
+        """What stands behind the bar; before the rate is known, how long the first step took."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Throughput) and callback.questions_per_second:
-                metrics["questions/s"] = round(callback.questions_per_second, 1)
+            if isinstance(callback, Throughput):
+                if callback.questions_per_second:
+                    metrics["questions/s"] = round(callback.questions_per_second, 1)
+                elif callback.first_step_seconds:
+                    metrics["first step"] = f"{callback.first_step_seconds:.1f} s"
         return metrics
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Said while nothing moves: the first step compiles."""
+        description = super()._get_train_description(current_epoch)
+        throughputs = (c for c in self.trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+        waiting = any(callback.first_step_seconds is None for callback in throughputs)
+        return f"{description} (first step, may compile)" if waiting else description
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+    ) -> None:
+        """Move the bar, under its plain name once the first step is done."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            description = self._get_train_description(trainer.current_epoch)
+            self.progress.update(self.train_progress_bar_id, description=description)
 
 
 def _wait(pl_module: LightningModule) -> None:
