@@ -177,13 +177,13 @@ def _letters_table(summary: Mapping[str, Any], splits: Mapping[str, Any]) -> Tab
         rows.append(
             [
                 split,
-                *(f"{100 * part['letter_shares'][letter]:.2f} %" for letter in letters),
+                *(f"{100 * part['letter_shares'][letter]:.2f}" for letter in letters),
                 f"{part['majority_letter']} {100 * part['majority_share']:.2f} %",
                 f"[{100 * low:.2f}, {100 * high:.2f}]",
                 part["num_labelled"],
             ]
         )
-    caption = "accuracy of always giving one letter; the best is the majority baseline"
+    caption = "accuracy of always giving one letter, in %; the best is the majority baseline"
     headings = ["", *letters, "majority", "95 % interval", "n"]
     return _table(headings, rows, "answer letters", caption)
 
@@ -224,7 +224,9 @@ def _table(
     )
     for index, heading in enumerate(headings):
         justify = "left" if index in texts else "right"
-        table.add_column(Text(heading), justify=justify, overflow="fold")
+        # Texts fold in a narrow terminal; names and numbers stay whole.
+        fold = index > 0 and index in texts
+        table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=not fold)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     return table

@@ -134,3 +134,22 @@ def test_half_of_the_official_validation_set(tmp_path, run_command):
     assert summary["majority_letter"] == "A"
     assert round(100 * summary["majority_share"], 2) == 32.92
     assert "A 32.92 %" in ended.out
+
+
+def test_numbers_and_names_stay_whole_on_a_narrow_terminal(tmp_path):
+    """Five letters, and eighty columns as a terminal without a size has."""
+    from medqlora import pipeline
+
+    rows = [raw_row(i, ope=f"None {i}", cop=i % 5) for i in range(130)]
+    file = write_jsonl(tmp_path / "five.jsonl", rows)
+    cfg = compose("audit", ["data=files", f"data.train_file={file}"])
+    prompt = pipeline.make(cfg.prompt)
+    report = pipeline.make(cfg.data, tokenizer=None, prompt=prompt, seed=0).audit()
+    console = Console(width=80)
+    with console.capture() as shown:
+        for table in tables(report, "five"):
+            console.print(table)
+    lines = shown.get().splitlines()
+    for word in ("all_or_none_of_the_above", "A 20.00 %", "[14.03, 27.69]"):
+        assert any(word in line for line in lines), word
+    assert max(map(len, lines)) <= 80

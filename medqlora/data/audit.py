@@ -11,7 +11,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,9 @@ NEAR = 0.8
 
 Questions = Mapping[str, Sequence[Question]]
 """Questions by split."""
+
+Cut = Callable[[Questions], Mapping[str, Sequence[tuple[str, int]]]]
+"""Makes the splits of a run: split and row (from 1) in the source of each of their questions."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,18 @@ _ALL_OR_NONE = re.compile(
     r"|^\W*(?:all|none|both)(?:\s+(?:are|is))?(?:\s+(?:true|correct|of them))?\W*$",
     re.IGNORECASE,
 )
+# "cha" and "pa" have lost their "rt". An X-ray that "shows" something is described, not shown.
+_PICTURE = r"(?:image|picture|photo(?:graph)?|figure|fig|diagram|graph|cha(?:rt)?|colou?r plate)"
+_FILM = rf"(?:{_PICTURE}|radiograph|x[\s-]*ray)"
+_STRUCTURE = r"(?:structure|area|pa(?:rt)?|nerve|muscle|vessel|bone|region|organ)"
 _IMAGE = re.compile(
-    r"\b(?:image|picture|photograph|photo|figure|diagram|graph)s?\b.{0,40}"
-    r"\b(?:below|above|shown|given|shows?|depicts?|marked)\b"
-    r"|\b(?:below|following|given|above|shown|this)\s+(?:\w+\s+)?"
-    r"(?:image|picture|photograph|photo|figure|diagram|graph)\b"
-    r"|\b(?:shown|given|marked|depicted|seen)\b.{0,30}"
-    r"\b(?:image|picture|photograph|figure|diagram|graph|radiograph|x-?ray)\b",
+    rf"\b{_PICTURE}s?\b.{{0,40}}\b(?:below|above|shown|given|shows?|depicts?|marked|provided)\b"
+    r"|(?<!data )\b(?:shown|given|depicted|provided)\W+(?:below|above|here)\b"
+    rf"|(?<!of the )\b(?:below|following|given|above|shown|this)\s+(?:\w+\s+)?{_FILM}\b"
+    rf"|\b(?:shown|given|marked|depicted|seen)\b.{{0,30}}\b{_FILM}\b"
+    rf"|\bmarked\s+(?:arrow|{_STRUCTURE})s?\b|\b{_STRUCTURE}\s+marked\b|\bmarked\b.{{0,12}}\barrow"
+    r"|\b(?:case|condition|instrument|lesion|appliance|structure|audiogram)\s+shown\b"
+    r"|\bas shown\W*(?:[.?:]|$)|\b(?:image|picture|video)[\s-]+based\b",
     re.IGNORECASE,
 )
 
@@ -232,9 +240,10 @@ FINDERS: dict[str, Callable[[Questions], Iterator[Finding]]] = {
     "negated": _find_negated,
     "all_or_none_of_the_above": _find_all_or_none,
 }
-"""Findings that `data.drop` can name. Of equal questions, `duplicate_question` and `identical` name
-all
-but the first, `conflicting` all."""
+"""Findings that `data.drop` can name.
+
+Of equal questions, `duplicate_question` and `identical` name all but the first, `conflicting` all.
+"""
 
 
 def find(questions: Questions, names: Collection[str]) -> list[Finding]:
@@ -304,9 +313,23 @@ def near_duplicates(
             (len(own & shingles[key]) / len(own | shingles[key]), key) for key in candidates
         )
         if best >= threshold:
-            detail = f"{best:.2f} like {key[0]} row {key[1]} ({held[key].id})"
+            detail = f"{best:.2f} like {key[0]} question {held[key].id}"
             found.append(Finding(question.id, row, "train", "near_duplicate", detail))
     return found
+
+
+def _near_in_source(questions: Questions, cut: Cut | None) -> list[Finding]:
+    """Near-duplicates between the splits of a run, by their rows in the source."""
+    if cut is None:
+        places = {s: [(s, row) for row in range(1, len(q) + 1)] for s, q in questions.items()}
+    else:
+        places = {split: list(members) for split, members in cut(questions).items()}
+    if "train" not in places or len(places) < 2:
+        return []
+    by_split = {s: [questions[where][row - 1] for where, row in p] for s, p in places.items()}
+    found = near_duplicates(by_split["train"], by_split)
+    in_source = [places["train"][finding.row - 1] for finding in found]
+    return [replace(f, split=s, row=row) for f, (s, row) in zip(found, in_source, strict=True)]
 
 
 def _sketches(questions: Iterable[Question], minhash: Any) -> Iterator[Any]:
@@ -327,6 +350,7 @@ def audit_questions(
     tokenizer: Any = None,
     prompt: PromptTemplate | None = None,
     near: bool = True,
+    cut: Cut | None = None,
     extra: Sequence[Finding] = (),
 ) -> AuditReport:
     """Audit questions that were read already.
@@ -336,6 +360,7 @@ def audit_questions(
         tokenizer: Tokenizer of the run, for lengths in tokens; None leaves them out.
         prompt: Template of the run; needed with `tokenizer`.
         near: Whether to look for near-duplicates between train and the other splits.
+        cut: How the run cuts its splits; None if those of the source are its own.
         extra: Findings made while reading.
 
     Returns:
@@ -348,8 +373,8 @@ def audit_questions(
     noted = {(f.split, f.row, f.finding) for f in extra}
     found = find(questions, [*FINDERS])
     findings = [*extra, *(f for f in found if (f.split, f.row, f.finding) not in noted)]
-    if near and "train" in questions and len(questions) > 1:
-        findings += near_duplicates(questions["train"], questions)
+    if near:
+        findings += _near_in_source(questions, cut)
     rows_with: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for finding in findings:
         rows_with[finding.finding].add((finding.split, finding.row))
@@ -396,6 +421,7 @@ def audit_rows(
     tokenizer: Any = None,
     prompt: PromptTemplate | None = None,
     near: bool = True,
+    cut: Cut | None = None,
 ) -> AuditReport:
     """Audit raw rows: what a run would refuse becomes a finding here.
 
@@ -406,6 +432,7 @@ def audit_rows(
         tokenizer: Tokenizer of the run, for lengths in tokens; None leaves them out.
         prompt: Template of the run; needed with `tokenizer`.
         near: Whether to look for near-duplicates between train and the other splits.
+        cut: How the run cuts its splits; None if those of the source are its own.
 
     Returns:
         As `audit_questions`, the summary with `label_base` (null where unknown) and `sources` as
@@ -421,7 +448,9 @@ def audit_rows(
     num_options = count_options(raws, [])
     labels = {s: parse_labels(s, raw, num_options, []) for s, raw in raws.items()}
     base = find_label_base(raws, labels, num_options, label_base, [])
-    report = audit_questions(questions, tokenizer=tokenizer, prompt=prompt, near=near, extra=extra)
+    report = audit_questions(
+        questions, tokenizer=tokenizer, prompt=prompt, near=near, cut=cut, extra=extra
+    )
     sources = {split: raw.source for split, raw in raws.items()}
     return AuditReport({"sources": sources, "label_base": base} | report.summary, report.findings)
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -246,7 +246,10 @@ class MedMCQADataModule(LightningDataModule):
         self._fix_shapes()
 
     def audit(self, *, near: bool = True) -> AuditReport:
-        """Audit the source as it is, before anything is dropped or cut; see `audit_rows`."""
+        """Audit the source as it is, before anything is dropped; see `audit_rows`.
+
+        Near-duplicates are those between the splits that a run would train and score on.
+        """
         return audit_rows(
             self._read(),
             label_base=self.label_base,
@@ -255,7 +258,17 @@ class MedMCQADataModule(LightningDataModule):
             # Solved examples lengthen every prompt alike and need a cut to be chosen from.
             prompt=self.prompt if not self.prompt.num_shots or self.prompt.shots else None,
             near=near,
+            cut=self._cut_places if self.splits == "pool" or self.num_val else None,
         )
+
+    def _cut_places(self, questions: Mapping[str, Sequence[Question]]) -> dict[str, list[Any]]:
+        """Split and row in the source of each question of each split."""
+        places = [(s, row) for s, part in questions.items() for row in range(1, len(part) + 1)]
+        everything = [question for part in questions.values() for question in part]
+        groups = np.array([group_of(question) for question in everything], dtype=np.uint64)
+        splits = np.array([split for split, _ in places])
+        members = self._cut(everything, splits, groups, np.ones(len(everything), dtype=bool))
+        return {split: [places[i] for i in rows] for split, rows in members.items()}
 
     def _check_options(self) -> None:
         if self.hub and self.files:
@@ -373,20 +386,7 @@ class MedMCQADataModule(LightningDataModule):
                 rows = order[sorted({finding.row - 1 for finding in find(ordered, [name])})]
                 self.dropped[name] = int(keep[rows].sum())
                 keep[rows] = False
-        if self.splits == "pool":
-            labelled = np.array([question.answer is not None for question in questions])
-            pool = np.flatnonzero(keep & labelled)
-            val, test, train = cut_groups(
-                source.groups[pool], self.seed, (self.num_val, self.num_test)
-            )
-            members = {"train": pool[train], "val": pool[val], "test": pool[test]}
-        else:
-            members = {split: np.flatnonzero(keep & (source.splits == split)) for split in SPLITS}
-            if self.num_val:
-                val, train = cut_groups(source.groups[members["train"]], self.seed, (self.num_val,))
-                members["val"] = members["train"][val]
-                members["train"] = members["train"][train]
-        members = {split: rows for split, rows in members.items() if len(rows)}
+        members = self._cut(questions, source.splits, source.groups, keep)
         if self.decontaminate:
             self._decontaminate(questions, members)
         if self.dropped:
@@ -402,6 +402,27 @@ class MedMCQADataModule(LightningDataModule):
                     f"questions; give data.{split}_file or set data.limit_{split}=null."
                 )
         return members
+
+    def _cut(
+        self,
+        questions: Sequence[Question],
+        splits: np.ndarray,
+        groups: np.ndarray,
+        keep: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """Row numbers of each split that is not empty, of the questions to `keep`."""
+        if self.splits == "pool":
+            labelled = np.array([question.answer is not None for question in questions])
+            pool = np.flatnonzero(keep & labelled)
+            val, test, train = cut_groups(groups[pool], self.seed, (self.num_val, self.num_test))
+            members = {"train": pool[train], "val": pool[val], "test": pool[test]}
+        else:
+            members = {split: np.flatnonzero(keep & (splits == split)) for split in SPLITS}
+            if self.num_val:
+                val, train = cut_groups(groups[members["train"]], self.seed, (self.num_val,))
+                members["val"] = members["train"][val]
+                members["train"] = members["train"][train]
+        return {split: rows for split, rows in members.items() if len(rows)}
 
     def _decontaminate(self, questions: list[Question], members: dict[str, np.ndarray]) -> None:
         if "train" not in members or len(members) < 2:

@@ -235,7 +235,8 @@ def subject_figure(
     height = 1.5 + 0.24 * len(ordered)
     heading = title or f"Accuracy by {name.removesuffix('_name').replace('_', ' ')}"
     figure, axes = _figure(6.4, height, heading)
-    for place, (_, values) in enumerate(ordered):
+    first_small = next((name for name, values in ordered if values["n"] < SMALL), None)
+    for place, (group, values) in enumerate(ordered):
         small = values["n"] < SMALL
         accuracy = values["accuracy"]
         axes.barh(
@@ -246,6 +247,7 @@ def subject_figure(
             edgecolor="#BBBBBB" if small else COLOURS[0],
             hatch="////" if small else None,
             linewidth=0.6,
+            label=f"fewer than {SMALL} questions" if group == first_small else None,
         )
         axes.errorbar(
             accuracy,

@@ -98,10 +98,65 @@ def test_near_duplicates_across_splits_are_counted_with_their_similarity():
     held_out = {"test": [question(50, stem=stem + " here")], "val": [question(51, stem="Why?")]}
     [finding] = near_duplicates(train, held_out)
     assert (finding.id, finding.row, finding.split) == ("q8", 6, "train")
-    assert "test row 1 (q50)" in finding.detail
+    assert finding.detail.endswith("like test question q50")
     report = audit_questions({"train": train, **held_out})
     assert report.summary["findings"]["near_duplicate"] == 1
     assert near_duplicates(train[:5], held_out) == []
+
+
+@pytest.mark.parametrize("splits", ["official", "pool"])
+def test_near_duplicates_are_those_between_the_splits_that_a_run_cuts(tmp_path, make_data, splits):
+    """Found by the row in the file, though the file is only cut into train and val by the run."""
+    rows = [raw_row(i) for i in range(20)]
+    stem = "A man of 55 has sudden chest pain that spreads to his left arm; which artery is it"
+    same = {"opa": "Left", "opb": "Right", "opc": "Circumflex", "opd": "Marginal"}
+    rows += [raw_row(20 + i, question=stem + " now" * i + "?", **same) for i in range(8)]
+    data = make_data(
+        train_file=write_jsonl(tmp_path / "q.jsonl", rows), num_val=10, splits=splits, seed=3
+    )
+    data.setup()
+    train = {question.id for question in data.questions["train"]}
+    copies = [f"q{20 + i}" for i in range(8)]
+    assert 0 < len(train.intersection(copies)) < 8, "choose another seed"
+    report = data.audit()
+    found = report.findings[report.findings.finding == "near_duplicate"]
+    assert set(found.id) == train.intersection(copies)
+    assert [rows[row - 1]["id"] for row in found.row] == found.id.tolist()
+    assert set(found.split) == {"train"}
+    assert data.audit(near=False).summary["findings"].get("near_duplicate") is None
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "Name the structure marked with arrow",
+        "A CXR was done and shown below. What is the most likely diagnosis?",
+        "What is the best management of the case shown?",
+        "An erect abdominal X-ray was taken as shown. What is the likely diagnosis?",
+        "Process shown in color plate is:",
+        "The following X-ray was obtained. What is it?",
+        "Complete the missing step in the flow cha shown below:",
+        "Which muscle is not supplied by the nerve marked in the diagram?",
+    ],
+)
+def test_question_that_needs_a_picture_is_found(stem):
+    [finding] = find({"train": [question(stem=stem)]}, ["image_reference"])
+    assert finding.row == 1
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "Chest X-ray shows bilateral infiltrates. What is the diagnosis?",
+        "Which of the following radiographs should be taken?",
+        "Cytopathic effect is shown by:",
+        "Specificity of the test based on the data given below: TP 27, FN 3",
+        "Which drug has shown the best results?",
+        "The incision is given 2 cm below the mandible to preserve which nerve?",
+    ],
+)
+def test_finding_that_is_described_in_words_needs_no_picture(stem):
+    assert find({"train": [question(stem=stem)]}, ["image_reference"]) == []
 
 
 def test_audit_of_a_data_module_has_lengths_in_tokens_and_is_json(make_data):
@@ -127,6 +182,7 @@ def test_half_of_the_official_validation_set_has_the_known_counts(half_validatio
     found = summary["findings"]
     assert found["repeated_options"] == 18
     assert found["ambiguous_gold"] == 7
+    assert found["image_reference"] == 18
     assert found["conflicting"] == 2
     assert found["missing_field"] == found["unlabelled"] == 0
     broken = report.findings[report.findings.finding == "deleted_rt"].detail

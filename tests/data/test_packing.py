@@ -77,7 +77,7 @@ def _members_of(lengths):
 
 
 def test_rows_are_full_at_medmcqas_lengths():
-    """Issue 3: at least 98 % at 2,048 tokens and 99.5 % at 16,384."""
+    """At least 98 % at 2,048 tokens and 99.5 % at 16,384."""
     lengths = medmcqa_like(40_000)
     for budget, least in ((2048, 0.98), (16_384, 0.995)):
         places = max_questions_of(lengths.mean(), budget)

@@ -75,6 +75,7 @@ def test_subjects_are_sorted_and_small_ones_last_and_hatched(section):
     assert hatched == [groups[name]["n"] < 30 for name in shown]
     assert hatched == sorted(hatched)
     assert [bar.get_width() for bar in bars] == [groups[name]["accuracy"] for name in shown]
+    assert axes.get_legend_handles_labels()[1].count("fewer than 30 questions") == 1
 
 
 def test_majority_baseline_is_drawn(section):
