@@ -96,7 +96,8 @@ class Throughput(Callback):
         if self._started is not None:
             self._timed_questions += batch.num_questions
             self._timed_tokens += batch.num_tokens
-            if between_updates(trainer):
+            # Each value logged is a copy to the device, which waits for it: no more than are read.
+            if between_updates(trainer) and trainer._logger_connector.should_update_logs:
                 for name in ("questions_per_second", "tokens_per_second"):
                     rate = (getattr(self, name) or 0.0) * trainer.world_size
                     pl_module.log(f"train/{name}", rate, batch_size=1)
@@ -570,7 +571,12 @@ class ProgressBar(RichProgressBar):
         batch: PackedBatch,
         batch_idx: int,
     ) -> None:
-        """Move the bar, under its plain name once the first step is done."""
+        """Move the bar, under its plain name once the first step is done.
+
+        Lightning reads the loss after every row, drawn or not, and so waits for the device.
+        """
+        if batch_idx and (batch_idx + 1) % self.refresh_rate and not trainer.is_last_batch:
+            return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.progress is not None and self.train_progress_bar_id is not None:
             description = self._get_train_description(trainer.current_epoch)
