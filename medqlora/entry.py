@@ -26,9 +26,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from medqlora import processes
+from medqlora import foreign, processes
 from medqlora.config import CONFIG_DIR
 from medqlora.errors import ConfigError, MedQLoRAError
+from medqlora.masking import MaskingFormatter, mask
 
 log = logging.getLogger("medqlora")
 
@@ -112,13 +113,19 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 sys.exit(_report(refusal))
             os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra.main then raises instead of printing
             try:
-                with _run_folder_of_this_process():
+                with _run_folder_of_this_process(), foreign.guarded():
                     hydra.main(
                         version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name
                     )(job)()
             except _JobFailed:
                 exit_codes.append(1)
-            except (KeyboardInterrupt, HydraException, OmegaConfBaseException, ValueError) as error:
+            except (
+                ConfigError,
+                KeyboardInterrupt,
+                HydraException,
+                OmegaConfBaseException,
+                ValueError,
+            ) as error:
                 if show_traceback:
                     raise
                 if not exit_codes:
@@ -215,7 +222,7 @@ def choices(verb: str) -> dict[str, str | None]:
 
 
 def command_line(verb: str) -> str:
-    """The command that runs this job alone, as a shell would read it again.
+    """The command that runs this job alone, as a shell would read it again, secrets masked.
 
     Args:
         verb: The entry point, such as "train".
@@ -225,7 +232,7 @@ def command_line(verb: str) -> str:
         task = HydraConfig.get().overrides.task
         # The values that a named sweep gives to this job are overrides of the job already.
         words = [word for word in task if not word.startswith(("sweep=", "+sweep="))]
-    return f"{_launcher()} -m medqlora.{verb} " + shlex.join(words)
+    return mask(f"{_launcher()} -m medqlora.{verb} " + shlex.join(words))
 
 
 def _launcher() -> str:
@@ -239,7 +246,7 @@ def _launcher() -> str:
 
 def one_line(error: BaseException) -> str:
     """The message of an exception on a single line, its type named where it was not foreseen."""
-    message = ", ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    message = ", ".join(line.strip() for line in mask(str(error)).splitlines() if line.strip())
     message = message.replace(":, ", ": ")
     name = type(error).__name__
     known = (MedQLoRAError, HydraException, OmegaConfBaseException, KeyboardInterrupt)
@@ -304,7 +311,7 @@ def _close_logs() -> None:
 
 def _log_to(path: Path) -> None:
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)
     logging.getLogger().addHandler(handler)
     logging.getLogger("medqlora").setLevel(logging.DEBUG)
@@ -320,7 +327,7 @@ def _console_logging() -> None:
 
     handler = logging.StreamHandler()
     handler.addFilter(Concise())
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(MaskingFormatter("%(message)s"))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)

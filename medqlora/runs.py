@@ -44,6 +44,7 @@ from medqlora.evaluation.sections import (
     paired_section,
 )
 from medqlora.finetuning import MCQAModule, find_resumable
+from medqlora.masking import masked
 from medqlora.schema import Question
 
 log = logging.getLogger(__name__)
@@ -245,7 +246,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def write_config(run_dir: Path, cfg: DictConfig, verb: str) -> None:
     """Write `config.yaml` so that Hydra can run it again and `load_run` can read it."""
-    values = resolved(cfg)
+    values = masked(resolved(cfg))
     values.pop("experiment", None)
     values.pop("sweep", None)
     root = "runs" if verb == "train" else f"runs/{verb}"

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from medqlora.errors import ConfigError
+from medqlora.masking import mask, masked
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +167,7 @@ def build_loggers(
         tensorboard: Keys of `conf/logger/tensorboard.yaml`; None for no TensorBoard.
         mlflow: Keys of `conf/logger/mlflow.yaml`; None for no MLflow.
         run_dir: The run folder.
-        run_config: The resolved config, stored with the run.
+        run_config: The resolved config, stored with the run, its secrets masked.
         group: Name that the jobs of one sweep share.
         tags: What the run is, such as "quant=nf4", where the config gives no tags.
 
@@ -178,9 +180,10 @@ def build_loggers(
     check_loggers({"wandb": wandb, "tensorboard": tensorboard, "mlflow": mlflow})
     loggers: list[Logger] = [RunCSVLogger(run_dir)]
     name = f"{group}-{run_dir.name}" if group else run_dir.name
+    run_config = masked(run_config)
     if wandb is not None and wandb.get("mode", "auto") != "disabled":
         if importlib.util.find_spec("wandb"):
-            start = partial(_start_wandb, wandb, run_dir, run_config, group, name, tags)
+            start = partial(_start_wandb, masked(wandb), run_dir, run_config, group, name, tags)
             loggers.append(GuardedLogger("W&B", start, _finish_wandb))
         else:
             log.warning(
@@ -264,6 +267,8 @@ def _start_wandb(
             settings=wandb.Settings(
                 silent=True,
                 console="off",
+                # It would keep the command line as it was typed.
+                x_disable_meta=any(mask(word) != word for word in sys.argv),
                 init_timeout=60,  # seconds
                 finish_timeout=300,  # what is not sent by then stays in the run folder
             ),
@@ -330,7 +335,7 @@ def _finish_plain(logger: Any, exit_code: int) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(mask(str(error)).split()) or type(error).__name__
 
 
 def _wandb_key() -> bool:

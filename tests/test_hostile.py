@@ -98,3 +98,80 @@ def test_objects_in_yaml_tags_are_not_made(trained_run, tmp_path, run_command, q
     assert ended.code == 2
     assert len(ended.errors) == 1
     assert not mark.exists()
+
+
+# --- what Hydra itself would run ------------------------------------------------------------------
+
+HYDRA_NODES: dict[str, dict[str, Any]] = {
+    "a callback": {"hydra": {"callbacks": {"x": {"_target_": "os.system", "command": MARK}}}},
+    "a launcher": {"hydra": {"launcher": {"_target_": "os.system"}}},
+    "a sweeper": {"hydra": {"sweeper": {"_target_": "os.system"}}},
+    "a log handler": {
+        "hydra": {
+            "job_logging": {
+                "version": 1,
+                "handlers": {"x": {"()": "os.system", "command": MARK}},
+                "root": {"handlers": ["x"]},
+            }
+        }
+    },
+    "an environment variable": {"hydra": {"job": {"env_set": {"LD_PRELOAD": "{mark}"}}}},
+    "a folder elsewhere": {"hydra": {"run": {"dir": "{mark}"}}},
+    "a folder above": {"hydra": {"run": {"dir": "runs/../../mark"}}},
+    "a secret of the environment": {"model": {"path": "x/${oc.env:HF_TOKEN}"}},
+    "a secret by another name": {"seed": "HF_TOKEN", "model": {"path": "x/${oc.env:${seed}}"}},
+    "a config from a text": {"model": '${oc.create:"{path: x}"}'},
+}
+
+
+@pytest.mark.parametrize("name", HYDRA_NODES)
+def test_a_config_from_elsewhere_does_not_choose_what_hydra_runs(
+    name, trained_run, tmp_path, run_command
+):
+    """The comment in every config.yaml says how to repeat its run, so people will type it."""
+    sent, mark = tmp_path / "sent", tmp_path / "mark"
+    sent.mkdir()
+    config = yaml.safe_load((trained_run / "config.yaml").read_text())
+    for key, node in filled(HYDRA_NODES[name], mark).items():
+        if isinstance(node, dict):
+            config[key] |= node
+        else:
+            config[key] = node
+    config["hydra"].setdefault("run", {"dir": "runs/now"})
+    (sent / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    ended = run_command("train", "--config-path", str(sent), "--config-name", "config")
+    assert ended.code == 2, ended.err
+    assert len(ended.errors) == 1
+    assert "is not used" in ended.errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sent"]
+
+
+def test_what_hydra_runs_may_also_not_hide_in_a_file_beside_the_config(tmp_path, run_command):
+    (tmp_path / "hydra" / "callbacks").mkdir(parents=True)
+    mark = tmp_path / "mark"
+    node = {"x": {"_target_": "os.system", "command": f"touch {mark}"}}
+    (tmp_path / "hydra" / "callbacks" / "x.yaml").write_text(yaml.safe_dump(node))
+    (tmp_path / "config.yaml").write_text("defaults: [_self_, {override hydra/callbacks: x}]\n")
+    ended = run_command("train", "--config-path", str(tmp_path), "--config-name", "config")
+    assert ended.code == 2
+    assert "is not used" in ended.errors[0]
+    assert not mark.exists()
+
+
+def test_options_from_a_folder_of_ones_own_are_used(tmp_path, run_command):
+    """The refusals must not cost the feature; nor what is typed, such as a folder elsewhere."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("path: /nowhere/mine\nrevision: null\n")
+    ended = run_command(
+        "train",
+        *("--config-dir", str(tmp_path), "model=mine", "trainer=cpu", "logger=csv"),
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    assert ended.code == 2
+    assert "/nowhere/mine" in ended.errors[0]
+
+
+def test_a_pickled_job_of_hydra_is_refused(tmp_path, run_command):
+    ended = run_command("train", "--experimental-rerun", str(tmp_path / "config.pickle"))
+    assert ended.code == 2
+    assert "pickle" in ended.errors[0]

@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "medqlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"schema", "errors", "config", "hub", "assets", "processes"},
+    0: {"schema", "errors", "config", "hub", "assets", "processes", "masking"},
     1: {"data", "quantization", "acceleration", "evaluation", "tracking"},
     2: {"finetuning"},
-    3: {"pipeline", "entry", "runs", "budget", "answering", "web"},
+    3: {"pipeline", "foreign", "entry", "runs", "budget", "answering", "web"},
     4: {
         "train",
         "evaluate",
@@ -33,6 +33,7 @@ LAYERS = {
 SAME_LAYER = {
     ("hub", "errors"),
     ("hub", "config"),
+    ("entry", "foreign"),
     ("runs", "pipeline"),
     ("runs", "entry"),
     ("budget", "pipeline"),
@@ -51,7 +52,8 @@ ONLY = {
         "evaluation.scoring",
         "evaluation.metrics",
     },  # is given a model and data, never loads them
-    "tracking": {"errors"},
+    "tracking": {"errors", "masking"},
+    "masking": set(),
     "assets": set(),
     "schema": set(),
     "errors": set(),

@@ -23,6 +23,7 @@ import yaml
 
 from medqlora.errors import CheckpointError, ConfigError
 from medqlora.evaluation.metrics import BREAKDOWNS
+from medqlora.masking import masked
 from medqlora.schema import LETTERS, Prediction
 
 SCHEMA_VERSION = 1
@@ -153,7 +154,8 @@ def write_metrics(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     Args:
         run_dir: The run folder; made if missing.
         metrics: What is known; keys of the contract that are missing become null. Numbers of numpy
-            and torch, paths and tuples are turned into plain JSON, NaN and infinity into null.
+            and torch, paths and tuples are turned into plain JSON, NaN and infinity into null, and
+            secrets are masked.
 
     Returns:
         The file.
@@ -161,7 +163,7 @@ def write_metrics(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     Raises:
         TypeError: If a value has no JSON form.
     """
-    complete = _merge(empty_metrics(), _plain(metrics, "metrics"))
+    complete = _merge(empty_metrics(), masked(_plain(metrics, "metrics")))
     text = json.dumps(complete, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path = Path(run_dir) / METRICS_FILE
     replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -48,6 +48,13 @@ _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bf
 _ADAPTER = "default"
 _INITIAL = "_medqlora_initial_lora"
 
+# What a config can name beyond the adapter: a module to import, code of a tokenizer to trust,
+# layers to copy any number of times.
+_REACHES_OUTSIDE = ("megatron_config", "tokenizer_kwargs", "layer_replication")
+
+# What decides how much memory an adapter takes before its weights are compared.
+_SIZES = ("r", "init_r", "target_r", "rank_pattern", "num_virtual_tokens", "oft_block_size")
+
 # Methods of PEFT that change the base weights in place when they start.
 _REWRITES_BASE = ("pissa", "olora", "corda")
 
@@ -250,15 +257,15 @@ def load_adapter(
                 "adapter/, or a folder that peft's save_pretrained wrote with safetensors."
             )
     state = _read_weights(directory / ADAPTER_WEIGHTS)
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{directory / ADAPTER_CONFIG} is no config of an adapter: "
-            f"{' '.join(str(error).split())}. Train again, or copy the folder again."
-        ) from error
+    config = _read_adapter_config(directory, state)
     config.inference_mode = not trainable
-    adapted = _wrap_saved(model, config)
+    try:
+        adapted = _wrap_saved(model, config)
+    except Exception as error:  # PEFT raises what comes when a value is of no use to it
+        raise CheckpointError(
+            f"{directory / ADAPTER_CONFIG} does not make an adapter of this base model: "
+            f"{' '.join(str(error).split())[:300]}. Load it on the model it was trained on."
+        ) from error
     try:
         expected = set(
             get_peft_model_state_dict(adapted, adapter_name=_ADAPTER, save_embedding_layers=False)
@@ -276,6 +283,51 @@ def load_adapter(
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(trainable and parameter.requires_grad)
     return adapted.eval()
+
+
+def _read_adapter_config(directory: Path, state: Mapping[str, Tensor]) -> PeftConfig:
+    """The config of an adapter folder, which may be anybody's.
+
+    Args:
+        directory: The folder.
+        state: Its weights.
+
+    Raises:
+        CheckpointError: If it is no config, or asks for more than an adapter of these weights.
+    """
+    path = directory / ADAPTER_CONFIG
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no config of an adapter: {' '.join(str(error).split())}. Train again, or "
+            "copy the folder again."
+        ) from error
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    asked = [name for name in _REACHES_OUTSIDE if getattr(config, name, None)]
+    if asked or method == "XLORA":
+        raise CheckpointError(
+            f"{path} asks for {asked[0] if asked else method}: modules to import, folders to read "
+            "or layers to copy are no part of an adapter here. Remove it from the file, or use "
+            "another adapter."
+        )
+    if not all(tensor.is_floating_point() for tensor in state.values()) or not state:
+        raise CheckpointError(
+            f"{directory / ADAPTER_WEIGHTS} holds {'other than floats' if state else 'no weights'}"
+            ": it is no adapter. Copy the folder again."
+        )
+    largest = max(max(tensor.shape, default=0) for tensor in state.values())
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        sizes = size.values() if isinstance(size, Mapping) else [size]
+        # AdaLoRA lists which ranks it kept, and there need be no such option.
+        numbers = [n for n in sizes if n is not None and not isinstance(n, list)]
+        if not all(isinstance(n, int) and 0 <= n <= 4 * largest for n in numbers):
+            raise CheckpointError(
+                f"{path} has {name}={str(size)[:80]}, and the largest weight beside it has "
+                f"{largest} rows or columns: they do not belong together. Copy the folder again."
+            )
+    return config
 
 
 def _wrap_saved(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

@@ -127,7 +127,9 @@ def dequantize(model: GemmaForCausalLM, dtype: torch.dtype = torch.bfloat16) -> 
     embedding = model.get_input_embeddings()
     if isinstance(embedding, QuantizedEmbedding):
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.config).get_input_embeddings()
+            plain = AutoModelForCausalLM.from_config(
+                model.config, trust_remote_code=False
+            ).get_input_embeddings()
         plain.weight = nn.Parameter(embedding.dequantize(), requires_grad=False)
         if hasattr(plain, "embed_scale"):
             plain.embed_scale = embedding.embed_scale

@@ -264,6 +264,55 @@ def test_an_adapter_that_does_not_load_whole_is_refused(base, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config"),
+        ({"layer_replication": [[0, 2]] * 1000}, "layer_replication"),
+        ({"peft_type": "XLORA", "hidden_size": 8, "adapters": {"0": "/etc"}}, "XLORA"),
+        ({"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}}, "token"),
+        ({"r": 10**12}, "r=1000000000000"),
+        ({"r": -1}, "r=-1"),
+        ({"r": "16"}, "r=16"),
+        ({"rank_pattern": {"q_proj": 10**12}}, "rank_pattern"),
+        ({"lora_alpha": "x"}, "does not make an adapter"),
+        ({"target_modules": ["../../etc/passwd"]}, "does not make an adapter"),
+        ({"target_modules": 3}, "adapter"),
+        ({"target_modules": "("}, "adapter"),
+        ({"peft_type": ["LORA"]}, "no config"),
+        ({"peft_type": "../LORA"}, "no config"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_hostile_adapter_config_is_refused_in_one_line(base, tmp_path, changes, says):
+    """Of a module to import, a folder to read, or memory without end; nothing of it is tried."""
+    save_adapter(attach_adapter(base("none"), option("peft", "lora_r4")), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=says) as error:
+        load_adapter(base("none"), tmp_path / "adapter")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("weights", ["none", "integers"])
+def test_weights_that_are_none_are_refused(base, tmp_path, weights):
+    save_adapter(attach_adapter(base("none"), option("peft", "lora_r4")), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    state = {name: tensor.int() for name, tensor in load_file(file).items()}
+    save_file(state if weights == "integers" else {}, file)
+    with pytest.raises(CheckpointError, match="no adapter"):
+        load_adapter(base("none"), tmp_path / "adapter")
+
+
+def test_names_of_weights_are_names_and_no_paths(base, tmp_path):
+    save_adapter(attach_adapter(base("none"), option("peft", "lora_r4")), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"../../../mark": torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match="mark"):
+        load_adapter(base("none"), tmp_path / "adapter")
+    assert [path.name for path in tmp_path.rglob("*mark*")] == []
+
+
 def test_a_loaded_adapter_is_frozen_unless_asked(base, tmp_path):
     save_adapter(attach_adapter(base("nf4"), option("peft", "lora_r4")), tmp_path / "adapter")
     assert count_trainable(load_adapter(base("nf4"), tmp_path / "adapter")) == 0
