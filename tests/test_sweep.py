@@ -359,6 +359,23 @@ def private_wandb(monkeypatch, tmp_path):
     wandb.teardown()
 
 
+def check_validation_media(run_dir: Path, history: list[dict[str, Any]]) -> None:
+    """Each validation's tables and figures lie beside the file that names them."""
+    [files] = run_dir.glob("wandb/offline-run-*/files")
+    tables = [row for row in history if "val/by_subject_name/path" in row]
+    assert tables
+    table = json.loads((files / tables[-1]["val/by_subject_name/path"]).read_text())
+    assert table["columns"] == ["group", "n", "accuracy", "ci_low", "ci_high"]
+    groups = read_run(run_dir).metrics["val"]["by"]["subject_name"]
+    assert [row[:2] for row in table["data"]] == [[g, v["n"]] for g, v in groups.items()]
+    for stem in ("confusion", "reliability", "subjects"):
+        key = f"val/figure_{stem}/filenames"
+        shown = [row[key] for row in history if key in row]
+        assert len(shown) == len(tables), stem
+        for (name,) in shown:
+            assert (files / name).read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_sweep_is_one_group_and_every_job_a_finished_run_of_its_own(sweep, private_wandb):
     """Without a key the runs are kept offline, with the exit code of each ending."""
     ended = sweep("optimizer.lr=1e-4,.nan", "peft=lora_r4", "logger=wandb")
@@ -381,6 +398,7 @@ def test_a_sweep_is_one_group_and_every_job_a_finished_run_of_its_own(sweep, pri
         # `wandb sync` names the folder it is given: it must be there and hold that one run.
         [offline] = (folder / job / "wandb").glob("offline-run-*")
         assert offline.name.endswith(run.run_id)
+    check_validation_media(folder / "0", first["history"])
     last = first["history"][-1]
     assert last["final/test/accuracy"] == read_run(folder / "0").metrics["test"]["accuracy"]
     assert last["final/test/majority_accuracy"] > 0
