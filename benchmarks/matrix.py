@@ -109,6 +109,7 @@ def measure_training(cfg: Any, datamodule: MedMCQADataModule, folder: str) -> di
     datamodule.trainer = trainer
     module = pipeline.build_training_module(cfg, base, datamodule, cfg.trainer.max_steps)
     trainer.fit(module, datamodule)
+    datamodule.trainer = None  # which would keep the model
     summary = callbacks["throughput"].summary()  # type: ignore[attr-defined]
     return {
         "questions_per_second": round(summary["questions_per_second"], 1),

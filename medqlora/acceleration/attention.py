@@ -199,7 +199,9 @@ def _packed_attention_forward(
             f"attention {PACKED_ATTENTION!r} was given no cu_seqlens: it knows packed rows only. "
             "Call last_hidden of medqlora.acceleration, or set_attn_implementation('sdpa') first."
         )
-    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    # An adapter in float32 on some of the projections, such as IA3, widens only those.
+    dtype = min((query.dtype, key.dtype, value.dtype), key=lambda dtype: dtype.itemsize)
+    query, key, value = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
     return packed_attention(query, key, value, cu_seqlens, max_length, scaling)[None], None
 
 

@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medqlora.acceleration import cover_padding, packed_attention, use_packed_attention
+from medqlora.acceleration import (
+    cover_padding,
+    last_hidden,
+    packed_attention,
+    use_packed_attention,
+)
 from medqlora.errors import ModelError
 
 CU = torch.tensor([0, 5, 6, 15, 15, 15], dtype=torch.int32)
@@ -73,6 +78,19 @@ def test_covered_padding_leaves_the_questions_alone():
     plain = packed_attention(query, key, value, CU, max_length=9)
     covered = packed_attention(query, key, value, cover_padding(CU, 20, 9), max_length=9)
     torch.testing.assert_close(covered[:15], plain[:15])
+
+
+def test_an_adapter_that_widens_a_projection_changes_no_attention(tiny_gemma, pack, questions):
+    """IA3 scales the keys in float32, while the queries of a 16-bit base stay as they are."""
+    model = tiny_gemma.bfloat16()
+    use_packed_attention(model)
+    row = pack(questions)
+    with torch.no_grad():
+        expected = last_hidden(model, row)
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.register_forward_hook(lambda module, args, out: out.float())
+        # Keys are rotated in float32 now, which rounds them once less.
+        torch.testing.assert_close(last_hidden(model, row), expected, rtol=0, atol=0.05)
 
 
 def test_a_model_with_a_sliding_window_is_refused(tiny_gemma):

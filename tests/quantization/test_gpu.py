@@ -43,7 +43,8 @@ BOUNDS |= {"hqq_2bit": 0.55, "torchao_int4": 0.12, "torchao_int8": 0.01}
 def wide_gemma(tmp_path_factory) -> str:
     """Wide enough for blocks of 256 and the tiles of tinygemm."""
     folder = tmp_path_factory.mktemp("wide")
-    return str(save_gemma(folder, vocab_size=20_000, hidden_size=1024, intermediate_size=1024))
+    sizes = {"vocab_size": 20_000, "hidden_size": 1024, "intermediate_size": 1024}
+    return str(save_gemma(folder, num_attention_heads=4, **sizes))
 
 
 @pytest.fixture
@@ -103,7 +104,8 @@ def test_cpu_and_gpu_store_the_same_codes(wide_gemma):
 def test_compiled_lookup_equals_the_eager_one(wide_gemma, ids):
     embedding = load_base(wide_gemma, CONFIGS["nf4_full"], device="cuda").model.embed_tokens
     compiled = torch.compile(embedding, fullgraph=True, mode="reduce-overhead")
-    torch.testing.assert_close(compiled(ids).clone(), embedding(ids))
+    # The compiler may leave out the rounding to 16 bit between dequantising and scaling.
+    torch.testing.assert_close(compiled(ids).clone(), embedding(ids), rtol=2**-7, atol=0)
 
 
 def test_chunked_head_agrees_with_the_letter_rows(wide_gemma, ids):
