@@ -608,6 +608,7 @@ def data_section(datamodule: MedMCQADataModule) -> dict[str, Any]:
         "sha256": datamodule.sha256,
         **counts,
         "num_dropped": datamodule.num_dropped,
+        "dropped": dict(datamodule.dropped),
         "num_truncated": datamodule.num_truncated,
         "num_options": datamodule.num_options,
     }

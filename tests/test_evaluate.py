@@ -461,6 +461,26 @@ def test_an_unlabelled_test_split_gives_predictions_and_claims_no_accuracy(
     assert not (folder / "figures").exists()
 
 
+def test_what_was_left_out_and_a_changed_file_show_in_the_metrics(
+    score, options, question_files, tmp_path
+):
+    """Dropped by an audit finding, decontaminated, and the hash of what is left."""
+    rows = [json.loads(line) for line in Path(question_files["train"]).read_text().splitlines()]
+    asked = json.loads(Path(question_files["test"]).read_text().splitlines()[0])
+    rows[1]["opb"] = rows[1]["opa"]
+    rows[2] |= {key: asked[key] for key in ("question", "opa", "opb", "opc", "opd")}
+    more = ["data.decontaminate=true", "data.drop=[repeated_options]"]
+    file = write_jsonl(tmp_path / "train.jsonl", rows)
+    cleaned = score(*options, f"data.train_file={file}", *more).metrics["data"]
+    assert cleaned["dropped"] == {"repeated_options": 1, "near_duplicate": 1}
+    assert (cleaned["num_dropped"], cleaned["num_train"]) == (2, len(rows) - 2)
+    rows[3]["opc"] += "!"
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    changed = score(*options, f"data.train_file={file}", *more).metrics["data"]
+    assert changed["sha256"] != cleaned["sha256"]
+    assert changed["num_train"] == cleaned["num_train"]
+
+
 def test_a_group_whose_questions_have_no_label_is_not_listed(score, options, tmp_path):
     rows = [raw_row(i) for i in range(500, 510)]
     rows += [raw_row(i, cop=-1, subject_name="Skin") for i in range(510, 514)]
