@@ -11,6 +11,9 @@ __version__ = "0.1.0"
 # On the CPU bitsandbytes looks for a faster kernel on the hub and warns when the finder is not
 # installed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Where torchao is installed, transformers imports it, and it tells of kernels for other hardware.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -135,6 +135,13 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
             f"from. "
             "Give data.train_file, or a data.limit_train above 0."
         )
+    stopping = cfg.callbacks.get("early_stopping")
+    if stopping and stopping.monitor.startswith("val/") and "val" not in datamodule.questions:
+        raise ConfigError(
+            f"callbacks=early_stopping watches {stopping.monitor}, and data={datamodule.name} has "
+            "no val questions here. Give data.val_file or data.num_val, or choose "
+            "callbacks=default."
+        )
     record.metrics["data"] = pipeline.data_section(datamodule)
     splits = [split for split in ("val", "test") if split in datamodule.questions]
     for name in cfg.baselines:

@@ -110,6 +110,10 @@ def nothing_trained(folder: Path, model: str) -> list[str]:
     return ["peft=none"]
 
 
+def nothing_to_stop_by(folder: Path, model: str) -> list[str]:
+    return ["callbacks=early_stopping", "data.val_file=null"]
+
+
 def no_such_layer(folder: Path, model: str) -> list[str]:
     return ["peft.target_modules=[qq_proj]", "baselines=[base_quantized]"]
 
@@ -148,6 +152,7 @@ CASES: list[tuple[Change, list[str]]] = [
     (no_model, ["nowhere", "model.path"]),
     (another_architecture, ["llama", "gemma"]),
     (nothing_trained, ["peft=none", "peft=lora_r16", "medqlora.evaluate"]),
+    (nothing_to_stop_by, ["callbacks=early_stopping", "val/loss", "data.val_file"]),
     (no_such_layer, ["qq_proj"]),
     (no_such_loss, ["NoLoss"]),
     (no_such_key, ["rank"]),

@@ -267,16 +267,13 @@ def test_packed_scores_equal_one_question_at_a_time_through_stock_libraries(
 @pytest.mark.parametrize(
     "options",
     [
-        ["quant=none", "optimizer=adamw", "loss=token", "scheduler=constant"],
-        ["quant=int8", "optimizer=adamw_8bit", "scheduler=linear", "peft=lora_r4"],
-        ["quant=fp4", "optimizer=paged_adamw_8bit", "loss=token", "peft=lora_r8"],
-        ["quant=nf4", "optimizer=adamw_8bit", "loss=explanation", "peft=lora_r64"],
+        ["quant=nf4", "loss=explanation", "scheduler=linear"],
         ["acceleration.gradient_checkpointing=true", "trainer.accumulate_grad_batches=2"],
     ],
     ids=lambda options: ",".join(options),
 )
 def test_parts_work_together(options, runs, tiny_options):
-    """Every storage, optimiser, loss and schedule in a run of a few updates."""
+    """What `test_every_option` has no row for, in a run of a few updates."""
     name = "-".join(options).replace("=", "_")
     cfg = compose("train", [*tiny_options, "data.val_file=null", "trainer.max_steps=3", *options])
     folder = train(cfg, runs / name)
@@ -288,6 +285,16 @@ def test_parts_work_together(options, runs, tiny_options):
     assert metrics["test"]["n"] == 24
     state = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert all(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)
+
+
+def test_a_run_whose_val_loss_does_not_fall_is_stopped_early(runs, tiny_options):
+    """At a learning rate of nothing the second validation is as good as the first."""
+    options = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1"]
+    options += ["optimizer.lr=1e-12", "trainer.max_epochs=5", "data.test_file=null"]
+    cfg = compose("train", [*tiny_options, "callbacks.progress=null", *options])
+    metrics = metrics_of(train(cfg, runs / "early"))
+    assert metrics["status"] == "completed"
+    assert metrics["train"]["num_questions"] == 2 * 64
 
 
 def test_choice_and_token_loss_are_different_losses(runs, tiny_options):

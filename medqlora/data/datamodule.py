@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from medqlora.data import cache
 from medqlora.data.audit import AuditReport, audit_rows, find, near_duplicates
+from medqlora.data.augmentation import OptionShuffle
 from medqlora.data.medmcqa import (
     cut_groups,
     dataset_sha256,
@@ -88,6 +89,8 @@ class MedMCQADataModule(LightningDataModule):
         drop: Names of audit findings whose rows are left out of every split.
         decontaminate: Whether training questions that all but repeat a val or test question are
             left out.
+        shuffle_options: Whether each epoch shows the options of a training question in another
+            order; see `OptionShuffle`.
         targets: "answer", or "explanation" to append answer and explanation to training questions.
         num_workers: Processes that build rows; building one takes microseconds, so 0 will do.
         pin_memory: Whether batches lie in page-locked memory; None for where there is CUDA.
@@ -135,6 +138,7 @@ class MedMCQADataModule(LightningDataModule):
         ignore_columns: Sequence[str] = (),
         drop: Sequence[str] = (),
         decontaminate: bool = False,
+        shuffle_options: bool = False,
         targets: Literal["answer", "explanation"] = "answer",
         num_workers: int = 0,
         pin_memory: bool | None = None,
@@ -169,6 +173,7 @@ class MedMCQADataModule(LightningDataModule):
         self.ignore_columns = tuple(ignore_columns)
         self.drop = tuple(drop)
         self.decontaminate = decontaminate
+        self.shuffle_options = shuffle_options
         self.targets = targets
         self.num_workers = num_workers
         self.pin_memory = pin_memory
@@ -285,6 +290,12 @@ class MedMCQADataModule(LightningDataModule):
             raise ConfigError(f"data.splits={self.splits!r} is unknown: choose official or pool.")
         if self.targets not in ("answer", "explanation"):
             raise ConfigError(f"targets={self.targets!r} is unknown: choose answer or explanation.")
+        if self.shuffle_options and self.targets == "explanation":
+            raise ConfigError(
+                "data.shuffle_options=true cannot work with loss=explanation: many explanations "
+                "name the letter that the options had before. Choose loss=choice or loss=token, or "
+                "set data.shuffle_options=false."
+            )
         for option in ("num_val", "num_test"):
             if getattr(self, option) < 0:
                 raise ConfigError(f"data.{option} is negative: choose 0 or more.")
@@ -639,6 +650,7 @@ class MedMCQADataModule(LightningDataModule):
         token_budget: int,
         *,
         with_labels: bool = False,
+        augment: OptionShuffle | None = None,
         num_done: Callable[[], int | None] | None = None,
     ) -> PackedLoader:
         rank, world_size = self._world()
@@ -658,7 +670,19 @@ class MedMCQADataModule(LightningDataModule):
             world_size=world_size,
             num_workers=self.num_workers,
             pin_memory=pin_memory,
+            augment=augment,
             num_done=num_done,
+        )
+
+    def _option_shuffle(self) -> OptionShuffle | None:
+        if not self.shuffle_options:
+            return None
+        return OptionShuffle(
+            self.questions["train"],
+            self.prompt,
+            TextEncoder(self.tokenizer),
+            limit=self.limit,
+            seed=self.seed,
         )
 
     def train_dataloader(self) -> PackedLoader:
@@ -668,6 +692,7 @@ class MedMCQADataModule(LightningDataModule):
             self._plan("train"),
             self.token_budget,
             with_labels=self.targets == "explanation",
+            augment=self._option_shuffle(),
             num_done=self._rows_done,
         )
         if self._state is not None:

@@ -10,6 +10,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -295,15 +296,22 @@ def build_row(
 class _PlannedRows(Dataset[PackedBatch]):
     """The rows of one epoch that one rank still has to see."""
 
-    def __init__(self, rows: Sequence[np.ndarray], build: Callable[[Any], PackedBatch]) -> None:
+    def __init__(
+        self,
+        rows: Sequence[np.ndarray],
+        build: Callable[[Any], PackedBatch],
+        augment: Callable[[PackedBatch], PackedBatch] | None,
+    ) -> None:
         self.rows = rows
         self.build = build
+        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, item: int) -> PackedBatch:
-        return self.build(self.rows[item])
+        row = self.build(self.rows[item])
+        return row if self.augment is None else self.augment(row)
 
 
 def _identity(batch: Any) -> Any:
@@ -325,6 +333,7 @@ class PackedLoader:
         num_workers: Processes that build rows; building one takes far less than a step, so 0 will
             do.
         pin_memory: Whether batches lie in page-locked memory.
+        augment: Makes of a row what an epoch, given by its number, shows of it; None for the row.
         num_done: Rows of this epoch whose training step is complete, where the trainer knows better
             than the loader, which only knows what it has handed out.
     """
@@ -338,6 +347,7 @@ class PackedLoader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        augment: Callable[[PackedBatch, int], PackedBatch] | None = None,
         num_done: Callable[[], int | None] | None = None,
     ) -> None:
         self.plan = plan
@@ -347,6 +357,7 @@ class PackedLoader:
         self._world_size = world_size
         self._num_workers = num_workers
         self._pin_memory = pin_memory
+        self._augment = augment
         self._num_done = num_done
         self._position = 0
         self._resume: tuple[int, int] | None = None
@@ -378,7 +389,9 @@ class PackedLoader:
                 start = position
         rows = self.plan.rows(self.epoch)[self._rank :: self._world_size][start:]
         loader = DataLoader(
-            _PlannedRows(rows, self._build),
+            _PlannedRows(
+                rows, self._build, self._augment and partial(self._augment, epoch=self.epoch)
+            ),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_identity,

@@ -155,6 +155,7 @@ def _wrap(model: PreTrainedModel, peft_config: PeftConfig, method: str) -> PeftM
                 "another method, such as peft=lora_r16, or quant=none."
             ) from error
     assert isinstance(adapted, PeftModel)
+    _freeze_rank_numbers(adapted)
     if not any(p.requires_grad for p in adapted.parameters()):
         raise ConfigError(
             f"peft={method} found nothing to train in this model: check peft.target_modules."
@@ -337,7 +338,16 @@ def _wrap_saved(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(task), PeftModel)
-        return kind(model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=False)
+        adapted = kind(model, config, adapter_name=_ADAPTER, autocast_adapter_dtype=False)
+    _freeze_rank_numbers(adapted)
+    return adapted
+
+
+def _freeze_rank_numbers(model: PeftModel) -> None:
+    """AdaLoRA divides by its rank, a constant that peft makes trainable where it casts it."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
 
 
 def merge_adapter(

@@ -31,10 +31,24 @@ OUTLIER_THRESHOLD = 6.0
 """LLM.int8: input columns with a value beyond this are multiplied in 16 bit (section 3.2)."""
 
 
+class Int8Linear(Linear8bitLt):
+    """LLM.int8, also where peft has read the weight back, as DoRA does in every step.
+
+    On a CPU peft then puts a copy of the weight in its place that has codes but no constants.
+    """
+
+    def init_8bit_state(self) -> None:
+        """Take codes and constants over from the weight, unless `state` has them already."""
+        if cast(Any, self.weight).SCB is not None:
+            super().init_8bit_state()
+        else:
+            cast(Any, self.weight).CB = None
+
+
 def empty_linear(in_features: int, out_features: int, quant: QuantConfig) -> nn.Linear:
     """A bitsandbytes layer without a weight, on the meta device."""
     if quant.data_type == "int8":
-        layer = Linear8bitLt(
+        layer = Int8Linear(
             in_features,
             out_features,
             bias=False,
@@ -271,7 +285,7 @@ def stored_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 def int8_state(layer: Linear8bitLt) -> tuple[Tensor, Tensor]:
     """Codes and row constants, which move from the weight to `state` at the first forward."""
     weight = cast(Any, layer.weight)
-    if weight.CB is not None:
+    if weight.SCB is not None:
         return weight.CB, weight.SCB
     state = cast(Any, layer.state)
     return state.CB, state.SCB

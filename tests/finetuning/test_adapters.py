@@ -42,7 +42,7 @@ ON_NF4 = [
 CASES = (
     [("nf4", name) for name in ON_NF4]
     + [("none", name) for name in ("lora_r4", "pissa_r16", "olora_r16", "full")]
-    + [("int8", "lora_r4"), ("fp4", "lora_r4")]
+    + [("int8", "lora_r4"), ("int8", "dora_r16"), ("fp4", "lora_r4")]
 )
 
 
