@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -318,6 +318,14 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+class Augment(Protocol):
+    """Changes what is in the places of a row; an epoch always shows the same."""
+
+    def __call__(self, row: PackedBatch, epoch: int) -> PackedBatch:
+        """The row as an epoch, given by its number, shows it."""
+        ...
+
+
 class PackedLoader:
     """Iterates over the rows of one rank; its place in the epoch is saved and restored.
 
@@ -347,7 +355,7 @@ class PackedLoader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
-        augment: Callable[[PackedBatch, int], PackedBatch] | None = None,
+        augment: Augment | None = None,
         num_done: Callable[[], int | None] | None = None,
     ) -> None:
         self.plan = plan
@@ -387,11 +395,10 @@ class PackedLoader:
             self._resume = None
             if epoch == self.epoch and position < len(self):
                 start = position
+        augment = None if self._augment is None else partial(self._augment, epoch=self.epoch)
         rows = self.plan.rows(self.epoch)[self._rank :: self._world_size][start:]
         loader = DataLoader(
-            _PlannedRows(
-                rows, self._build, self._augment and partial(self._augment, epoch=self.epoch)
-            ),
+            _PlannedRows(rows, self._build, augment),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_identity,
