@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from medqlora.errors import ConfigError
-from medqlora.quantization import QuantConfig, footprint, load_base, rounding_error
+from medqlora.finetuning import merge_adapter
+from medqlora.quantization import QuantConfig, dequantize, footprint, load_base, rounding_error
+from medqlora.quantization.linear import is_quantized
 
 needs = {
     extra: pytest.mark.skipif(
@@ -43,6 +45,22 @@ def test_layers_are_rounded_counted_and_let_gradients_through(
     model.train()(token_ids).logits.float().square().mean().backward()
     gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "data_type", [pytest.param(*p.values[:1], marks=p.marks) for p in TRAINABLE]
+)
+def test_an_adapter_merges_into_the_dequantised_base(gemma_path, token_ids, data_type):
+    quant = QuantConfig(data_type, compute_dtype="float32")
+    model = get_peft_model(load_base(gemma_path, quant), LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        expected = model.eval()(token_ids).logits
+        merged = merge_adapter(model, dequantize, dtype=torch.float32)
+        assert not any(is_quantized(module) for module in merged.modules())
+        torch.testing.assert_close(merged(token_ids).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @needs["hqq"]
