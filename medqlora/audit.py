@@ -43,7 +43,7 @@ MEANINGS = {
     "ambiguous_gold": "the right text is another option as well",
     "image_reference": "speaks of an image that is not there",
     "deleted_rt": 'lost the letters "rt", as in "hypeension"',
-    "negated": "asks for what is not so",
+    "negated": 'has a word such as "not" or "except" in its stem',
     "all_or_none_of_the_above": "an option speaks of the others",
     "near_duplicate": "a training question all but repeats one of another split",
     "missing_id": "has no id in a file with ids",

@@ -82,11 +82,13 @@ _ALL_OR_NONE = re.compile(
     re.IGNORECASE,
 )
 # "cha" and "pa" have lost their "rt". An X-ray that "shows" something is described, not shown.
-_PICTURE = r"(?:image|picture|photo(?:graph)?|figure|fig|diagram|graph|cha(?:rt)?|colou?r plate)"
+_PICTURE = (
+    r"(?:(?<!body )image|picture|photo(?:graph)?|figure|fig|diagram|graph|cha(?:rt)?|colou?r plate)"
+)
 _FILM = rf"(?:{_PICTURE}|radiograph|x[\s-]*ray)"
 _STRUCTURE = r"(?:structure|area|pa(?:rt)?|nerve|muscle|vessel|bone|region|organ)"
 _IMAGE = re.compile(
-    rf"\b{_PICTURE}s?\b.{{0,40}}\b(?:below|above|shown|given|shows?|depicts?|marked|provided)\b"
+    rf"\b{_PICTURE}s?\b(?:\s+(?:shows?|depicts?)|.{{0,40}}\b(?:below|above|shown|given|marked|provided))\b"
     r"|(?<!data )\b(?:shown|given|depicted|provided)\W+(?:below|above|here)\b"
     rf"|(?<!of the )\b(?:below|following|given|above|shown|this)\s+(?:\w+\s+)?{_FILM}\b"
     rf"|\b(?:shown|given|marked|depicted|seen)\b.{{0,30}}\b{_FILM}\b"

@@ -152,6 +152,8 @@ def test_question_that_needs_a_picture_is_found(stem):
         "Cytopathic effect is shown by:",
         "Specificity of the test based on the data given below: TP 27, FN 3",
         "Which drug has shown the best results?",
+        "Which eating disorder is marked by distorted body image and low weight?",
+        "A photograph with flash shows a white pupil in a toddler. Which tumor is suspected?",
         "The incision is given 2 cm below the mandible to preserve which nerve?",
     ],
 )
