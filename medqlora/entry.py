@@ -309,8 +309,19 @@ def _close_logs() -> None:
             handler.close()
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is said once, without a traceback, and ends it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say that the file cannot be written, and write to it no more."""
+        logging.getLogger().removeHandler(self)
+        self.stream = None  # type: ignore[assignment]  # flushing it would fail once more
+        error = sys.exc_info()[1]
+        print(f"warning: no more is written to {self.baseFilename} ({error})", file=sys.stderr)
+
+
 def _log_to(path: Path) -> None:
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)
     logging.getLogger().addHandler(handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import json
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 
 from medqlora import pipeline, processes
 from medqlora.data import MedMCQADataModule
@@ -299,16 +301,29 @@ def recorded(
     if processes.rank():
         yield record  # the first process keeps the folder
         return
-    _refuse_foreign_folder(run_dir, metrics["config_hash"], go_on or values.get("resume") == "auto")
-    earlier = _earlier_seconds(run_dir)
     there = _names(run_dir)
     clock = time.monotonic()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(run_dir, cfg, verb)
-    record.write()
+    with _told_of_disk(run_dir), _held(run_dir):
+        _refuse_foreign_folder(
+            run_dir, metrics["config_hash"], go_on or values.get("resume") == "auto"
+        )
+        earlier = _earlier_seconds(run_dir)
+        write_config(run_dir, cfg, verb)
+        record.write()
+        with _kept_true(record, there, earlier - clock, keep_refused):
+            yield record
+
+
+@contextlib.contextmanager
+def _kept_true(
+    record: RunRecord, there: set[str], offset: float, keep_refused: bool
+) -> Iterator[None]:
+    """Write how the run ended, and after how long, on every ending."""
+    run_dir, metrics = record.run_dir, record.metrics
     removed = False
     try:
-        yield record
+        with _told_of_disk(run_dir):
+            yield
         metrics["status"] = "completed"
     except BaseException as error:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
@@ -323,8 +338,42 @@ def recorded(
         raise
     finally:
         if not removed:
-            metrics["wall_seconds"] = round(earlier + time.monotonic() - clock, 3)
-            record.write()
+            # Of a clock that no one can set.
+            metrics["wall_seconds"] = round(offset + time.monotonic(), 3)
+            try:
+                record.write()
+            except OSError as error:
+                if metrics["status"] == "completed":
+                    raise
+                log.warning("%s is as it was written before: %s", METRICS_FILE, one_line(error))
+
+
+_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+_REFUSED = tuple(os.strerror(number) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
+
+
+@contextlib.contextmanager
+def _told_of_disk(run_dir: Path) -> Iterator[None]:
+    """Say in one line that the run folder cannot be written, and how to go on.
+
+    Raises:
+        TrainingError: For what the system raises then, by way of whichever library.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = str(error)
+        # Reading somebody else's file can be refused as well; only writing fills a disk.
+        known = (*_FULL, *_REFUSED) if str(run_dir) in text else _FULL
+        reason = next((reason for reason in known if reason in text), None)
+        if reason is None:
+            raise
+        where = getattr(error, "filename", None) or run_dir
+        raise TrainingError(
+            f"{where} could not be written ({reason}); what was finished before is kept. Free "
+            "some space or make the folder writable, then type the same line with hydra.run.dir="
+            f"{run_dir}, for train also with resume=auto."
+        ) from error
 
 
 def _command(verb: str, run_dir: Path) -> str:
@@ -486,18 +535,44 @@ def _can_resume(folder: Path) -> bool:
         return False
 
 
+_LOCK = ".lock"
+_HELD: set[Path] = set()
+
+
 @contextlib.contextmanager
 def _held(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, such as the same sweep typed in two terminals."""
-    with (run_dir / ".lock").open("w") as lock:
+    """Keep other processes out of a folder, such as the same line typed in two terminals.
+
+    Raises:
+        TrainingError: If another process is at work there.
+    """
+    path = run_dir.absolute() / _LOCK
+    if path in _HELD:  # by the job of a sweep that this run is
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            free = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except BlockingIOError:
+            free = False
+        except OSError as error:
+            log.debug("%s is not locked: its file system cannot (%s)", run_dir, error)
+            free = True
+        if not free:
             raise TrainingError(
                 f"{run_dir} is under way in another process: this one leaves it alone. Type the "
                 "same line again when that one has ended."
-            ) from None
-        yield
+            )
+        _HELD.add(path)
+        try:
+            yield
+        finally:
+            _HELD.discard(path)
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()  # of a refused request, which left nothing behind
 
 
 def _clear(run_dir: Path) -> None:

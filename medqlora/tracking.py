@@ -5,6 +5,7 @@ None of those services can stop a run: whatever goes wrong there is one warning.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import logging
@@ -67,6 +68,7 @@ class GuardedLogger(Logger):
         title: What to call it in a warning.
         start: Makes the logger.
         finish: Ends it, given an exit code.
+        abandon: Lets go of what is left of one that failed.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class GuardedLogger(Logger):
         title: str,
         start: Callable[[], Logger],
         finish: Callable[[Any, int], object],
+        abandon: Callable[[], object] | None = None,
     ) -> None:
         super().__init__()
         self.title = title
@@ -81,6 +84,7 @@ class GuardedLogger(Logger):
         self.failed = False
         self._start = start
         self._finish = finish
+        self._abandon = abandon
 
     @property
     def name(self) -> str:
@@ -110,6 +114,9 @@ class GuardedLogger(Logger):
         """End the run there, if it was started."""
         if self.inner is not None:
             self._try(lambda inner: self._finish(inner, exit_code))
+            if self.failed and self._abandon is not None:
+                with contextlib.suppress(Exception):
+                    self._abandon()
         self.inner, self.failed = None, True
 
     def _try(self, act: Callable[[Logger], object]) -> None:
@@ -184,7 +191,7 @@ def build_loggers(
     if wandb is not None and wandb.get("mode", "auto") != "disabled":
         if importlib.util.find_spec("wandb"):
             start = partial(_start_wandb, masked(wandb), run_dir, run_config, group, name, tags)
-            loggers.append(GuardedLogger("W&B", start, _finish_wandb))
+            loggers.append(GuardedLogger("W&B", start, _finish_wandb, _abandon_wandb))
         else:
             log.warning(
                 "wandb is not installed: the run is kept in metrics.csv only (pip install wandb)"
@@ -295,6 +302,13 @@ def _start_wandb(
 
 def _finish_wandb(logger: Any, exit_code: int) -> None:
     logger.experiment.finish(exit_code=exit_code)
+
+
+def _abandon_wandb() -> None:
+    """Forget its service, which Python would else ask once more as it ends, with a traceback."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _start_tensorboard(options: dict[str, Any], run_dir: Path, config: dict[str, Any]) -> Logger:

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+from lightning import Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
@@ -244,7 +245,7 @@ def _fit_and_score(
         try:
             fit(trainer, module, datamodule, ckpt_path=str(checkpoint) if checkpoint else None)
         finally:
-            record.metrics["train"].update(_train_section(callbacks, trainer.callback_metrics))
+            record.metrics["train"].update(_train_section(callbacks, trainer))
         checkpoints = callbacks.get("checkpoints")
         if (
             cfg.select == "best"
@@ -291,13 +292,16 @@ def _build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
     )
 
 
-def _train_section(callbacks: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
+def _train_section(callbacks: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
     """The keys of `train` in metrics.json."""
     section: dict[str, Any] = {}
+    logged = trainer.callback_metrics
     if "throughput" in callbacks:
         section.update(callbacks["throughput"].summary())
     if "memory" in callbacks:
         section["peak_memory_gb"] = callbacks["memory"].peak_memory_gb
+    # Of a run that goes on after its last update no callback sees a step.
+    section["num_steps"] = trainer.global_step
     if "train/loss" in logged:
         section["loss"] = float(logged["train/loss"])
     return section

@@ -175,7 +175,7 @@ class Throughput(Callback):
         log.info(
             "first step after %.1f s, compilation included; %.1f s since the process started",
             self.first_step_seconds,
-            time.time() - psutil.Process().create_time(),
+            max(0.0, time.time() - psutil.Process().create_time()),  # somebody may set the clock
         )
 
     def _start(self, pl_module: LightningModule) -> None:
