@@ -307,8 +307,12 @@ def _finish_wandb(logger: Any, exit_code: int) -> None:
 def _abandon_wandb() -> None:
     """Forget its service, which Python would else ask once more as it ends, with a traceback."""
     import wandb
+    from wandb.sdk.lib.module import unset_globals
 
-    wandb.teardown()
+    try:
+        wandb.teardown()
+    finally:
+        unset_globals()  # the next job of a sweep would else try to end this run once more
 
 
 def _start_tensorboard(options: dict[str, Any], run_dir: Path, config: dict[str, Any]) -> Logger:

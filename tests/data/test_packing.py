@@ -231,3 +231,33 @@ def test_state_of_another_number_of_rows_is_refused():
     second = loader_of(RowPlan(medmcqa_like(300), 1024, 48))
     with pytest.raises(CheckpointError, match="rows an epoch"):
         second.load_state_dict(first.state_dict())
+
+
+def test_places_of_a_row_are_half_as_many_again_as_it_holds_in_eights():
+    """1.5 * 2048 / 57 = 53.9, so 56; and never below 8."""
+    assert max_questions_of(57.0, 2048) == 56
+    assert max_questions_of(1000.0, 64) == 8
+
+
+def test_a_question_as_long_as_the_row_fits_it():
+    assert [row.tolist() for row in pack(np.array([5, 5]), np.arange(2), 5, 8)] == [[0], [1]]
+    with pytest.raises(ValueError, match="6 tokens"):
+        pack(np.array([6]), np.arange(1), 5, 8)
+
+
+def test_a_gap_is_closed_exactly_where_two_questions_do_and_with_the_longest_otherwise():
+    """The first two fill 6 of 20; 14 is 9 + 5, though 13 and 12 would be longer alone."""
+    lengths = np.array([3, 3, 13, 12, 9, 5])
+    assert sorted(map(len, pack(lengths, np.arange(6), 20, 8)))[-1] >= 3
+    rows = pack(lengths, np.arange(6), 20, 8)
+    assert max(int(lengths[row].sum()) for row in rows) == 20
+    alone = pack(np.array([3, 3, 13, 12]), np.arange(4), 20, 8)
+    assert [int(np.array([3, 3, 13, 12])[row].sum()) for row in alone] == [19, 12]
+
+
+def test_the_state_of_a_loader_has_the_keys_of_the_checkpoints_there_are():
+    """A checkpoint that was written before must still be read."""
+    loader = loader_of(RowPlan(medmcqa_like(100), 512, 24))
+    rows = iter(loader)
+    next(rows)
+    assert loader.state_dict() == {"epoch": 0, "rows_done": 1, "num_rows": len(loader)}

@@ -138,3 +138,28 @@ def test_contextual_calibration_makes_the_content_free_prompt_uniform():
     np.testing.assert_allclose(
         contextual_calibration(scores, two), contextual_calibration(scores, mean)
     )
+
+
+def test_contextual_calibration_divides_by_the_mean_probability_and_normalises_each_question():
+    free = np.log([[0.7, 0.1, 0.1, 0.1], [0.1, 0.3, 0.3, 0.3]])
+    scores = np.log([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.2, 0.6], [0.25, 0.25, 0.25, 0.25]])
+    expected = np.exp(scores) / np.exp(free).mean(axis=0)
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(contextual_calibration(scores, free)), expected)
+
+
+def test_permutations_of_several_questions_by_hand():
+    """Two orders of three options; question 0 keeps its option, 1 changes it, 2 has no label."""
+    orders = ((0, 1, 2), (1, 2, 0))
+    first = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
+    second = np.log([[0.1, 0.2, 0.7], [0.3, 0.5, 0.2], [0.1, 0.7, 0.2]])
+    summary = combine_permutations(np.stack([first, second]), np.array([0, 1, -1]), orders)
+    assert (summary.num_orders, summary.num_questions, summary.num_labelled) == (2, 3, 2)
+    assert summary.consistency == pytest.approx(2 / 3)
+    assert summary.accuracy_by_order == (1.0, 0.5)
+    assert summary.mean_accuracy == pytest.approx(0.75)
+    by_option = second[:, [2, 0, 1]]
+    mean = (first + by_option) / 2
+    expected = mean - np.log(np.exp(mean).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(summary.debiased_scores, expected)
+    assert summary.debiased_accuracy == 1.0

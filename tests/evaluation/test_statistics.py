@@ -222,3 +222,15 @@ def test_a_family_needs_members_and_the_same_data(predictions):
         compare_family({"a": [predictions]})
     with pytest.raises(ConfigError, match="different questions"):
         compare_family(runs, sha256={"a": "1", "b": "2"})
+
+
+def test_a_lower_level_is_a_narrower_interval():
+    wide, narrow = wilson_interval(30, 100), wilson_interval(30, 100, level=0.5)
+    assert wide.low < narrow.low < 0.3 < narrow.high < wide.high
+
+
+def test_the_bootstrap_cuts_the_same_share_from_both_ends():
+    """Of a symmetric sample; 1.96 standard errors of a mean of 400 signs are 0.098."""
+    interval = bootstrap_mean(np.tile([-1.0, 1.0], 200))
+    assert interval.low == pytest.approx(-0.098, rel=0.08)
+    assert interval.high == pytest.approx(0.098, rel=0.08)
