@@ -1,11 +1,10 @@
 # Every target does its own set-up: a fresh clone needs only python3 (3.11 or 3.12) with venv, and make.
-.PHONY: quickstart train test mutants lint clean
+.PHONY: quickstart train test coverage mutants lint clean
 
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 'import sys, venv; print("$(p)") if (3, 11) <= sys.version_info[:2] <= (3, 12) else None' 2>/dev/null | grep -v None)))
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-COV ?= --cov --cov-report=term
 
 quickstart: $(VENV)/.ready  ## a real QLoRA run, offline, on two CPU cores: minutes, ends in a table
 	$(BIN)/python -m medqlora.train experiment=quickstart
@@ -13,8 +12,11 @@ quickstart: $(VENV)/.ready  ## a real QLoRA run, offline, on two CPU cores: minu
 train: $(VENV)/.ready  ## the real job: Gemma-2B on MedMCQA; make train ARGS="quant=nf4 peft=lora_r16"
 	$(BIN)/python -m medqlora.train $(ARGS)
 
-test: $(VENV)/.ready-dev  ## all tests, then the branches of medqlora/ they ran; make test COV= leaves that out
+test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(COV) $(ARGS)
+
+coverage:  ## all tests, then the branches of medqlora/ that they ran
+	$(MAKE) test COV='--cov --cov-report=term'
 
 mutants: $(VENV)/.ready-dev  ## changes scoring, packing and statistics a thousand times: does a test notice? Half an hour
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mutmut>=3.8'
