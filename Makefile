@@ -1,5 +1,5 @@
 # Every target does its own set-up: a fresh clone needs only python3 (3.11 or 3.12) with venv, and make.
-.PHONY: quickstart train test coverage mutants lint clean
+.PHONY: quickstart train test coverage mutants lint docs clean
 
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 'import sys, venv; print("$(p)") if (3, 11) <= sys.version_info[:2] <= (3, 12) else None' 2>/dev/null | grep -v None)))
 VENV ?= .venv
@@ -28,6 +28,9 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(VENV)/.ready-docs  ## the documentation, into build/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed; found: $$(python3 --version 2>&1)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +41,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.ready
+
+$(VENV)/.ready-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@ $(VENV)/.ready
 
 clean:

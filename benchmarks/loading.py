@@ -50,11 +50,11 @@ SIZES = {
 }
 
 
-def write_random_model(folder: Path, size: str, device: str) -> None:
+def write_random_model(folder: Path, size: dict[str, int], device: str) -> None:
     """Write normal weights in bf16, one layer at a time, as transformers names them."""
     from transformers import AutoModelForCausalLM, GemmaConfig
 
-    config = GemmaConfig(**SIZES[size])
+    config = GemmaConfig(**size)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -149,7 +149,7 @@ def main() -> None:
         if arguments.random:
             folder = (arguments.folder or Path(temporary)) / arguments.random
             if not (folder / "config.json").exists():
-                write_random_model(folder, arguments.random, arguments.device)
+                write_random_model(folder, SIZES[arguments.random], arguments.device)
             model = str(folder)
         for option in arguments.quant:
             runs = ["", f"{temporary}/cache", f"{temporary}/cache"] if arguments.cache else [""]

@@ -1,4 +1,4 @@
-"""Every command of the README is one that the package knows."""
+"""Every command of the README and of docs/ is one that the package knows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from medqlora.config import compose
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 COMMANDS = sorted(
     {
         line.split("#")[0].strip()
-        for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+        for page in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
         for line in block.splitlines()
         if line.startswith("python -m medqlora.")
     }
@@ -27,7 +29,7 @@ def test_the_readme_shows_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_composes(command):
+def test_a_command_of_the_readme_or_of_the_docs_composes(command):
     words = shlex.split(command)[2:]
     verb = words[0].removeprefix("medqlora.")
     assert importlib.util.find_spec(words[0]) is not None
@@ -36,7 +38,7 @@ def test_a_command_of_the_readme_composes(command):
     compose(verb, overrides)
 
 
-@pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, re.MULTILINE))
+@pytest.mark.parametrize("target", re.findall(r"^make (\w+)", "\n".join(PAGES), re.MULTILINE))
 def test_a_make_target_of_the_readme_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 

@@ -58,6 +58,9 @@ _SIZES = ("r", "init_r", "target_r", "rank_pattern", "num_virtual_tokens", "oft_
 # Methods of PEFT that change the base weights in place when they start.
 _REWRITES_BASE = ("pissa", "olora", "corda")
 
+# One table of Gemma under two names.
+_TIED = {"embed_tokens", "lm_head"}
+
 
 @dataclass(frozen=True)
 class FullFinetuning:
@@ -135,6 +138,7 @@ def attach_adapter(
             "questions do not have. Choose peft=prompt_tuning, or an adapter inside the layers."
         )
     adapted = _wrap(model, peft_config, method)
+    _refuse_tied(adapted, method)
     if loftq:
         _start_from_rounding_error(adapted, base_path)
     if _initialisation(peft_config) in _REWRITES_BASE:
@@ -161,6 +165,18 @@ def _wrap(model: PreTrainedModel, peft_config: PeftConfig, method: str) -> PeftM
             f"peft={method} found nothing to train in this model: check peft.target_modules."
         )
     return adapted
+
+
+def _refuse_tied(adapted: PeftModel, method: str) -> None:
+    """The embedding is the output head as well, whose letter rows are constants of the scores."""
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    if tied := sorted(_TIED & {part for name in names for part in name.split(".")}):
+        raise ConfigError(
+            f"peft={method} would train {tied[0]}, and Gemma's embedding is its output head: "
+            "letters would be scored, and a merged model would answer, with other rows than were "
+            "trained. Leave embed_tokens and lm_head out of peft.target_modules and "
+            "peft.modules_to_save."
+        )
 
 
 def count_trainable(model: nn.Module) -> int:

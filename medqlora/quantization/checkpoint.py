@@ -45,7 +45,7 @@ class Checkpoint:
 
     Raises:
         ModelError: If there is no such model, it is gated or unreachable, is no Gemma, or is
-        quantised.
+            quantised.
     """
 
     def __init__(self, path: str, revision: str | None = None) -> None:

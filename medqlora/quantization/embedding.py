@@ -303,7 +303,7 @@ def letter_rows(model: nn.Module, letter_ids: Sequence[int]) -> Float[Tensor, "l
 
     Raises:
         ModelError: If the head is not one that `load_base` makes, such as one with an adapter of
-        its own.
+            its own.
     """
     head = cast(Any, model).get_output_embeddings()
     if isinstance(head, TiedHead):

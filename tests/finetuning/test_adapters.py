@@ -180,6 +180,22 @@ def test_what_a_base_cannot_carry_is_refused_by_name_in_one_line(base, quant, pe
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1]},
+    ],
+)
+def test_the_tied_embedding_is_never_trained(base, quant, named):
+    """Its rows are the letters' output rows: scores and the merged model would use others."""
+    with pytest.raises(ConfigError, match="embedding is its output head"):
+        attach_adapter(base(quant), LoraConfig(task_type="CAUSAL_LM", r=4, **named))
+
+
 def test_targets_that_do_not_exist_are_refused_in_one_line(base):
     with pytest.raises(ConfigError, match="does not work on this base") as error:
         attach_adapter(base("nf4"), LoraConfig(target_modules=["c_attn"]))
