@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import socket
 import subprocess
 import time
 import urllib.request
@@ -16,6 +17,12 @@ CHROMIUM = next(
 )
 DRIVER = shutil.which("chromedriver")
 MISSING = None if CHROMIUM and DRIVER else "chromium and chromedriver are not installed"
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 class Browser:
@@ -80,6 +87,16 @@ class Browser:
     def run(self, script: str, *arguments: Any) -> Any:
         """The value of a script's `return`."""
         return self._post("/execute/sync", script=script, args=list(arguments))
+
+    def wait(self, script: str) -> None:
+        """Wait until a script returns something true, some ten seconds at most."""
+        for _ in range(200):
+            if self.run(script):
+                return
+            time.sleep(0.05)
+        raise AssertionError(
+            f"{script} did not come true: {self.run('return document.body.innerText')}"
+        )
 
     def devtools(self, command: str, **parameters: Any) -> Any:
         """A command of the DevTools protocol."""

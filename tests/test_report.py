@@ -24,7 +24,7 @@ from medqlora.evaluation.ablation import (
 )
 from medqlora.evaluation.sweep_figures import label_places
 from medqlora.report import PUBLISHED_DIR, latex_tables, report, summary
-from tests.browser import MISSING, Browser
+from tests.browser import MISSING, Browser, free_port
 from tests.fake_runs import PEFTS, QUANTS, base_config, make_questions, write_run, write_sweep
 
 
@@ -395,12 +395,7 @@ def test_the_command_prints_a_table_and_where_the_page_is(sweep, tmp_path, run_c
 def browser(tmp_path_factory):
     if MISSING:
         pytest.skip(MISSING)
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    window = Browser(port)
+    window = Browser(free_port())
     yield window
     window.close()
 

@@ -28,7 +28,7 @@ from medqlora.errors import CheckpointError, ConfigError
 from medqlora.evaluation import apply_temperature, read_predictions, read_run
 from medqlora.schema import Prediction
 from medqlora.serve import describe_run, open_socket, temperature_of
-from tests.browser import MISSING, Browser
+from tests.browser import MISSING, Browser, free_port
 from tests.data.data_tools import raw_row
 
 LIMITS = web.Limits(max_bytes=20_000, max_questions=30, timeout=2.0)
@@ -401,11 +401,6 @@ def test_a_run_without_val_or_scores_says_so(run, trained_run, tmp_path):
 # --- the command ----------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_exit_code_0(number, trained_run, run_command):
     port = free_port()
@@ -492,18 +487,8 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, address: str) -> Browser:
     browser.resize(1000, 900)
     browser.visit(address)
-    wait(browser, "return document.querySelectorAll('#options input').length === 4")
+    browser.wait("return document.querySelectorAll('#options input').length === 4")
     return browser
-
-
-def wait(browser: Browser, script: str) -> None:
-    for _ in range(200):
-        if browser.run(script):
-            return
-        time.sleep(0.05)
-    raise AssertionError(
-        f"{script} did not come true: {browser.run('return document.body.innerText')}"
-    )
 
 
 def shown(browser: Browser) -> list[str]:
@@ -525,7 +510,7 @@ def test_a_question_typed_with_the_keyboard_is_answered(page, client):
     assert page.run("return document.activeElement.type") == "submit"
     page.devtools("Input.dispatchKeyEvent", type="char", text="\r", key="Enter")
     page.press(*ENTER)
-    wait(page, "return !document.querySelector('#result').hidden")
+    page.wait("return !document.querySelector('#result').hidden")
     expected = client.post("/predict", json=question).json()
     lines = shown(page)
     for letter, line in zip("ABCD", lines, strict=True):
@@ -570,10 +555,10 @@ def test_pasting_fills_the_options_and_ctrl_enter_answers(page):
         "document.execCommand('insertText', false, 'Which? A) one B) two C) three D) <b>four</b>');"
         "area.dispatchEvent(new ClipboardEvent('paste'));"
     )
-    wait(page, "return document.querySelector('#option-D').value === '<b>four</b>'")
+    page.wait("return document.querySelector('#option-D').value === '<b>four</b>'")
     assert page.run("return document.querySelector('#question').value") == "Which?"
     page.press(*ENTER, ctrl=True)
-    wait(page, "return !document.querySelector('#result').hidden")
+    page.wait("return !document.querySelector('#result').hidden")
     assert "<b>four</b>" in shown(page)[3]
 
 
@@ -619,7 +604,7 @@ def test_a_problem_is_told_and_puts_the_focus_where_it_is(page):
         "document.querySelector('button[type=submit]').click()",
         long,
     )
-    wait(page, "return document.querySelector('[role=alert]').innerText.includes('20000 bytes')")
+    page.wait("return document.querySelector('[role=alert]').innerText.includes('20000 bytes')")
 
 
 @browser_only
@@ -636,7 +621,7 @@ def test_it_fits_a_narrow_screen_and_reads_in_light_and_dark(width, scheme, page
         "s.dispatchEvent(new Event('change'));"
         "document.querySelector('button[type=submit]').click()"
     )
-    wait(page, "return !document.querySelector('#result').hidden")
+    page.wait("return !document.querySelector('#result').hidden")
     assert page.run("return document.documentElement.scrollWidth") <= width
     assert page.run("const e = document.querySelector('.scroll'); return e.scrollWidth") <= width
     contrasts = page.run(CONTRASTS)
@@ -672,7 +657,7 @@ def test_it_asks_nobody_but_its_own_server_and_logs_no_error(page, address):
     page.requests()
     page.log("browser")
     page.visit(address)
-    wait(page, "return document.querySelectorAll('#options input').length === 4")
+    page.wait("return document.querySelectorAll('#options input').length === 4")
     urls = page.requests()
     assert len(urls) >= 4
     assert not [url for url in urls if not url.startswith((address, "data:"))]

@@ -125,7 +125,7 @@ def _keys(node: yaml.MappingNode, lines: list[str], prefix: str) -> list[Key]:
 
 def _leaves(name: str, node: yaml.Node, lines: list[str]) -> list[Key]:
     """A key, or those below it; a mapping with a comment of its own is listed as well."""
-    if not isinstance(node, yaml.MappingNode) or not node.value or node.flow_style:
+    if not isinstance(node, yaml.MappingNode) or not node.value:
         return [Key(name, _written(node, lines), _comment(node, lines))]
     own = _above(lines, node.start_mark.line - 1)
     target = next((value.value for key, value in _pairs(node) if key == "_target_"), "")
@@ -148,7 +148,7 @@ def _written(node: yaml.Node, lines: list[str]) -> str:
 
 def _comment(node: yaml.Node, lines: list[str]) -> str:
     """The comment behind a value, after whole lines of comment above its key."""
-    rest = lines[node.end_mark.line][node.end_mark.column :].strip()
+    rest = lines[node.end_mark.line][node.end_mark.column :].strip(" }")
     behind = rest.removeprefix("#").strip() if rest.startswith("#") else ""
     above: list[str] = []
     line = node.start_mark.line - 1
