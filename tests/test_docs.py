@@ -19,6 +19,7 @@ import yaml
 from medqlora.config import CONFIG_DIR
 from tests.browser import MISSING, Browser, free_port
 from tests.conftest import ROOT
+from tests.test_layers import LAYERS
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONFIG_DIR.glob("*/*.yaml"))
 QUANT = [option for group, option in OPTIONS if group == "quant"]
@@ -193,7 +194,13 @@ def test_no_page_fetches_anything_from_elsewhere(site, pages):
         assert not re.search(r"url\(\s*[\"']?(https?:)?//", sheet.read_text()), sheet
 
 
-@pytest.mark.parametrize("name", ["packing", "flow", "linear", "layers"])
+def test_the_picture_of_the_layers_has_every_part_of_today(pages):
+    for parts in LAYERS.values():
+        for part in parts:
+            assert part in pages["concepts.html"].text, part
+
+
+@pytest.mark.parametrize("name", ["packing", "flow", "linear"])
 def test_a_picture_is_what_its_code_draws(name):
     spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/tools/pictures.py")
     assert spec is not None

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import notes
 import options
+import pictures
 
 ROOT = options.ROOT
 MIRRORED = {
@@ -97,10 +98,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put each picture into the page, so that it takes the colours of light and dark."""
-    pictures = Path(config.docs_dir) / "pictures"
+    folder = Path(config.docs_dir) / "pictures"
 
     def inline(match: re.Match[str]) -> str:
-        drawing = (pictures / f"{match[2]}.svg").read_text(encoding="utf-8")
+        if match[2] == "layers":  # parts come and go: drawn from today's rule
+            drawing = pictures.layers()
+        else:
+            drawing = (folder / f"{match[2]}.svg").read_text(encoding="utf-8")
         return f'<span class="picture">{drawing}</span>'
 
     return _PICTURE.sub(inline, html)

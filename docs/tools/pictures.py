@@ -9,7 +9,7 @@ does with bundled questions, `layers.svg` the rule that tests/test_layers.py che
 
 from __future__ import annotations
 
-import sys
+import ast
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -253,9 +253,13 @@ def flow() -> str:
 
 def layers() -> str:
     """The parts of the package by layer, read from the test that checks them."""
-    sys.path.insert(0, str(ROOT))
-    from tests.test_layers import LAYERS
-
+    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text(encoding="utf-8"))
+    [rule] = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    ]
+    parts: dict[int, set[str]] = ast.literal_eval(rule)
     about = {
         4: "one file a verb; never one another",
         3: "alone makes objects from YAML",
@@ -265,8 +269,8 @@ def layers() -> str:
     }
     body: list[str] = []
     y = 10
-    for layer in sorted(LAYERS, reverse=True):
-        names = sorted(LAYERS[layer])
+    for layer in sorted(parts, reverse=True):
+        names = sorted(parts[layer])
         kind = {2: "warm", 1: "green", 0: "box"}.get(layer, "key")
         body += [text(14, y + 20, f"L{layer}", "b"), text(44, y + 20, about[layer], "s")]
         width = min(150.0, (820 - 6 * (len(names) - 1)) / len(names))
@@ -299,7 +303,7 @@ def linear() -> str:
     )
     body += box(160, 216, 170, 56, ["A: r by input", "float32, trained"], "warm")
     body += box(390, 216, 170, 56, ["B: output by r", "float32, starts at 0"], "warm")
-    body += box(640, 118, 200, 54, ["y = W x + (lora_alpha / r) B A x"])
+    body += box(640, 118, 200, 54, ["y = W x + s B A x", "s = lora_alpha / r"])
     body += [arrow((330, 53), (360, 53), (360, 84), (387, 84))]
     body += [arrow((330, 133), (360, 133), (360, 104), (387, 104))]
     body += [arrow((560, 93), (600, 93), (600, 138), (637, 138))]
