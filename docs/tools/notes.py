@@ -8,6 +8,7 @@ from typing import Any
 import options
 
 PLACE = "<!-- one note a method, made by docs/tools/notes.py -->"
+MATRIX = options.ROOT / "benchmarks" / "matrix.json"
 MEASURED = options.ROOT / "benchmarks" / "quantization.json"
 
 
@@ -23,7 +24,7 @@ def notes() -> str:
         parts += [
             f"## {name} {{ #{name} }}",
             options.prose(option.text),
-            f"**Cost here.** {_cost(found.get(name, {}), reference)}",
+            f"**Cost here.** {_cost(found.get(name, {}), reference)}{_speed(name)}",
             f"```bash\n{option.commands[0]}\n```",
             f"Every key: [`quant={name}`](options/quant.md#{name})",
         ]
@@ -36,7 +37,9 @@ def _conditions(conditions: dict[str, Any]) -> str:
         for name in ("torch", "transformers", "bitsandbytes")
     )
     return (
-        f"Measured on {conditions['date']}: {conditions['device']}, {packages}. "
+        "Speed and peak memory, where given: benchmarks/matrix.py on one GPU, a random full-size "
+        "Gemma-2B, 2,048 tokens a row, LoRA r=16; only LoRA on 4 bits is compiled there. "
+        f"All else was measured on {conditions['date']}: {conditions['device']}, {packages}. "
         f"Error and bits: one layer, {conditions['layer']}. Toy: `{conditions['toy']}`."
     )
 
@@ -67,6 +70,19 @@ def _points(measured: dict[str, Any]) -> float | None:
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _speed(name: str) -> str:
+    """Questions a second and peak memory on a GPU, of the options that were tried on one."""
+    rows = [row for row in json.loads(MATRIX.read_text(encoding="utf-8")) if row["quant"] == name]
+    text = ""
+    for row in rows:
+        if row["peft"] is None and "scored_per_second" in row:
+            text += f" {row['device']}: scores {row['scored_per_second']:,.0f} questions/s."
+        if row["peft"] == "lora_r16" and "questions_per_second" in row:
+            peak = f" at a peak of {row['peak_gb']:.1f} GB" if row.get("peak_gb") else ""
+            text += f" {row['device']}: trains {row['questions_per_second']:,.0f}{peak}."
+    return text
 
 
 def _cost(measured: dict[str, Any], reference: float) -> str:
