@@ -225,7 +225,10 @@ def test_pages_open_from_the_folder_in_light_and_dark_and_can_be_searched(site, 
         browser.wait("return !document.querySelector('.md-search').hidden;")
         browser.run("document.querySelector('.md-search__input').focus();")
         browser.type("NormalFloat")
-        browser.wait("return document.querySelectorAll('.md-search-result__item').length;")
+        browser.wait(
+            "document.querySelector('.md-search__input').dispatchEvent(new Event('keyup'));"
+            "return document.querySelectorAll('.md-search-result__item').length;"
+        )
         browser.resize(400, 800)
         assert browser.run(wide) <= 0
         assert [a for a in browser.requests() if not a.startswith(("file:", "data:"))] == []
