@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -56,6 +57,8 @@ from medqlora.schema import Prediction, Question
 log = logging.getLogger("medqlora.export")
 
 FORMATS = ("merged", "adapter")
+
+_SHARD_SIZE = re.compile(r"[1-9]\d*[KMGT]B")
 
 GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
@@ -152,6 +155,11 @@ def _check(cfg: DictConfig) -> None:
     limit = cfg.limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
         raise ConfigError(f"limit={limit} is no number of questions: give 0 or more, or null.")
+    if not _SHARD_SIZE.fullmatch(str(cfg.max_shard_size)):
+        raise ConfigError(
+            f"max_shard_size={cfg.max_shard_size} is no size of a file: write a number with its "
+            "unit, such as 2GB or 500MB."
+        )
     if cfg.push_to_hub is not None:
         try:
             validate_repo_id(cfg.push_to_hub)
@@ -406,14 +414,25 @@ was not measured.
 
 _USAGE_ADAPTER = """\
 ```python
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="bfloat16")
+base = AutoModelForCausalLM.from_pretrained(
+    {base!r}, dtype=torch.{dtype}, quantization_config={storage}
+)
 model = PeftModel.from_pretrained(base, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained({base!r})
 ```
+
+{remark}
 """
+
+_SAME_STORAGE = "The base is stored here as it was in training; over another storage scores differ."
+_OTHER_STORAGE = (
+    "In training the base was stored as the table above says, which stock transformers does not "
+    "offer: over the plain base of these lines the scores differ from those of the run."
+)
 
 _USAGE_MERGED = """\
 ```python
@@ -573,7 +592,8 @@ def _change(change: Change | None) -> str:
     return (
         f"Measured on {numbers['n']} questions of {change.split}, the merged model as read back "
         f"from its files:\naccuracy {told(numbers['run'])} before and {told(numbers['merged'])} "
-        f"after (95 % Wilson intervals), {numbers['num_changed_answers']} answers changed;\n"
+        f"after (95 % Wilson intervals), {numbers['num_changed_answers']} of {numbers['n']} "
+        "answers changed;\n"
         f"log-probabilities of the letters differ by {numbers['mean_score_difference']:.2g} nats "
         f"on average and {numbers['max_score_difference']:.2g} at most.\n"
     )
@@ -581,7 +601,7 @@ def _change(change: Change | None) -> str:
 
 def _usage(run: RunResult, format: str, name: str) -> str:
     config = run.config or {}
-    code = (_USAGE_ADAPTER if format == "adapter" else _USAGE_MERGED).format(base=name)
+    code = _USAGE_MERGED if format == "merged" else _adapter_usage(config["quant"], name)
     prompt = config["prompt"].get("text")
     if not prompt:
         return code
@@ -592,6 +612,25 @@ def _usage(run: RunResult, format: str, name: str) -> str:
         "letters as the next token, each with a space before it where the prompt says so "
         f"(answer_prefix {config['prompt'].get('answer_prefix')!r}).\n"
     )
+
+
+def _adapter_usage(quant: Mapping[str, Any], name: str) -> str:
+    """Lines that load the adapter over the base as it was in training, where they can."""
+    data_type, dtype = quant["data_type"], quant["compute_dtype"]
+    usual = quant.get("embedding", "bf16") == "bf16" and quant.get("block_size", 64) == 64
+    storage, remark = "None", _SAME_STORAGE
+    if usual and data_type in ("nf4", "fp4"):
+        storage = (
+            f"BitsAndBytesConfig(\n        load_in_4bit=True,\n"
+            f"        bnb_4bit_quant_type={data_type!r},\n"
+            f"        bnb_4bit_use_double_quant={bool(quant['double_quant'])},\n"
+            f"        bnb_4bit_compute_dtype=torch.{dtype},\n    )"
+        )
+    elif usual and data_type == "int8":
+        storage = "BitsAndBytesConfig(load_in_8bit=True)"
+    elif not usual or data_type != "none":
+        remark = _OTHER_STORAGE
+    return _USAGE_ADAPTER.format(base=name, dtype=dtype, storage=storage, remark=remark)
 
 
 def _push(output: Path, name: str, private: bool) -> None:

@@ -123,6 +123,52 @@ def test_the_adapter_answers_as_the_run_does_in_stock_peft(trained_run, tmp_path
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
+def test_the_lines_of_the_card_load_the_adapter_over_a_stock_4bit_base(
+    trained_run, tmp_path, question_files
+):
+    """Word for word but for the two folders: stock transformers, bitsandbytes and peft."""
+    output = export(config(trained_run, "format=adapter", f"output={tmp_path / 'adapter'}"))
+    run = pipeline.load_run(trained_run, device="cpu")
+    path = run.config["model"]["path"]
+    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "bnb_4bit_quant_type='nf4'" in code
+    code = code.replace(repr(Path(path).name), repr(path)).replace('"FOLDER"', repr(str(output)))
+    # Its kernel for some CPUs rounds block constants to bfloat16.
+    unrounded = "for module in base.modules():\n    module.support_avx512bf16_for_cpu = False\n"
+    names: dict = {}
+    exec(code.replace("model = Peft", f"{unrounded}model = Peft"), names)
+    questions = read_questions(question_files["test"])[:6]
+    found = stock_scores(names["model"].eval(), names["tokenizer"], run, questions)
+    expected = torch.tensor([p.scores for p in run.predict(questions)])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("quant", "words"),
+    [
+        ({"data_type": "int8"}, ["load_in_8bit=True", "as it was in training"]),
+        ({"data_type": "none"}, ["quantization_config=None", "as it was in training"]),
+        ({"data_type": "hqq_4bit"}, ["quantization_config=None", "scores differ from those"]),
+        ({"data_type": "nf4", "block_size": 128}, ["quantization_config=None", "does not offer"]),
+        ({"data_type": "nf4", "embedding": "nf4"}, ["quantization_config=None", "does not offer"]),
+    ],
+)
+def test_the_card_says_when_stock_transformers_cannot_store_the_base_so(quant, words):
+    text = export_verb._adapter_usage({"compute_dtype": "bfloat16"} | quant, "google/gemma-2b")
+    for word in words:
+        assert word in text
+
+
+def test_a_merged_model_in_several_files_is_the_same_model(merged, trained_run, tmp_path):
+    output = tmp_path / "shards"
+    export(config(trained_run, f"output={output}", "limit=0", "max_shard_size=200KB"))
+    assert len(list(output.glob("model-*.safetensors"))) > 2
+    whole = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(output).state_dict()
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
 def test_the_card_states_numbers_with_intervals_baseline_licence_and_disclaimer(
     merged, trained_run
 ):
@@ -153,6 +199,8 @@ def test_the_card_states_numbers_with_intervals_baseline_licence_and_disclaimer(
         (["format=gguf"], "convert_hf_to_gguf"),
         (["split=train"], "split=train"),
         (["limit=-1"], "limit=-1"),
+        (["max_shard_size=abc"], "2GB"),
+        (["max_shard_size=-5"], "2GB"),
         (["push_to_hub=a b/c"], "OWNER/NAME"),
         (["run={tmp}"], "metrics.json"),
         (["output={tmp}"], "nothing is overwritten"),
