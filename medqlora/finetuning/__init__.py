@@ -34,6 +34,12 @@ from medqlora.finetuning.memory import OutOfMemory, fit_in_memory, is_out_of_mem
 from medqlora.finetuning.module import MCQAModule
 from medqlora.finetuning.parallel import AdapterParallel
 from medqlora.finetuning.report import ValidationReport
+from medqlora.finetuning.spectrum import (
+    WeightChange,
+    effective_rank,
+    low_rank_singular_values,
+    weight_changes,
+)
 
 __all__ = [
     "AdapterParallel",
@@ -54,19 +60,23 @@ __all__ = [
     "Throughput",
     "TokenLoss",
     "ValidationReport",
+    "WeightChange",
     "attach_adapter",
     "check_identity",
     "count_trainable",
+    "effective_rank",
     "find_resumable",
     "fit",
     "fit_in_memory",
     "is_out_of_memory",
     "load_adapter",
     "load_trained_weights",
+    "low_rank_singular_values",
     "merge_adapter",
     "no_adapter",
     "read_checkpoint",
     "save_adapter",
     "token_budget_of",
     "trainable_state",
+    "weight_changes",
 ]
