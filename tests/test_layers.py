@@ -15,7 +15,7 @@ LAYERS = {
     0: {"schema", "errors", "config", "hub", "assets", "processes", "masking"},
     1: {"data", "quantization", "acceleration", "evaluation", "tracking"},
     2: {"finetuning"},
-    3: {"pipeline", "foreign", "entry", "runs", "budget", "answering", "web"},
+    3: {"pipeline", "foreign", "entry", "runs", "budget", "answering", "web", "inspection"},
     4: {
         "train",
         "evaluate",
@@ -40,6 +40,7 @@ SAME_LAYER = {
     ("budget", "runs"),
     ("answering", "pipeline"),
     ("answering", "entry"),
+    ("inspection", "pipeline"),
     ("web", "answering"),
     ("web", "entry"),
 }

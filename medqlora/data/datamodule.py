@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerFast
 
@@ -534,6 +535,15 @@ class MedMCQADataModule(LightningDataModule):
     def longest(self) -> int:
         """Tokens of the longest question of any split, below which no row can be."""
         return max(int(tokens.lengths.max()) for tokens in self._tokenized.values())
+
+    def lengths(self, split: str) -> Int[np.ndarray, " question"]:
+        """Tokens of each question of `split`, BOS included, in the order of `questions`.
+
+        Raises:
+            ConfigError: If the split was left out.
+        """
+        self._plan(split)
+        return self._tokenized[split].lengths
 
     def num_rows(self, split: str) -> int:
         """Rows of one pass over `split` on each rank: steps an epoch before accumulation."""

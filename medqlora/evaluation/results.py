@@ -239,6 +239,28 @@ def read_runs(root: str | Path) -> list[RunResult]:
     return [_read_or_explain(folder) for folder in sorted(with_metrics + unfinished, key=_natural)]
 
 
+def newest_run(root: str | Path) -> Path:
+    """The folder of the trained run that was started last, of those that completed.
+
+    Args:
+        root: A folder with runs at any depth, such as `runs`.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    found = [
+        run
+        for run in (read_runs(root) if Path(root).is_dir() else [])
+        if run.status == "completed" and (run.run_dir / "adapter").is_dir()
+    ]
+    if not found:
+        raise CheckpointError(
+            f"there is no trained run below {root}: make one with `make quickstart`, or name its "
+            "folder."
+        )
+    return max(found, key=lambda run: str(run.metrics["started"])).run_dir
+
+
 def write_predictions(run_dir: str | Path, predictions: Sequence[Prediction]) -> Path:
     """Write predictions.parquet whole or not at all, keeping the splits that are not written again.
 

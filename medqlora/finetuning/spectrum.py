@@ -1,4 +1,4 @@
-"""What an adapter of the LoRA family adds to each weight: the difference and its singular values."""
+"""What an adapter of the LoRA family adds to each weight: the change and its singular values."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def _factors(layer: Any) -> tuple[Float[Tensor, "output r"], Float[Tensor, "r in
     """The two factors of the difference, the scale in the first, float32."""
     first, second = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     scale = layer.scaling[_ADAPTER]
-    if isinstance(first, nn.Module):
+    if not isinstance(first, Tensor):
         return scale * second.weight.float(), first.weight.float()
     # AdaLoRA keeps the singular values of its own between the factors (Zhang et al. 2023).
-    own = layer.lora_E[_ADAPTER].float()
+    own: Tensor = layer.lora_E[_ADAPTER].float()
     scale = scale / (float(layer.ranknum[_ADAPTER]) + 1e-5)  # as peft's get_delta_weight
     return scale * second.float(), first.float() * own
 

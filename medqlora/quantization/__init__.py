@@ -8,7 +8,14 @@ from medqlora.quantization.embedding import (
     chunked_logits,
     letter_rows,
 )
-from medqlora.quantization.footprint import Footprint, LayerFootprint, footprint, rounding_error
+from medqlora.quantization.footprint import (
+    Footprint,
+    LayerFootprint,
+    code_levels,
+    footprint,
+    rounding_error,
+    within_blocks,
+)
 from medqlora.quantization.linear import dequantized_weight
 from medqlora.quantization.loading import dequantize, load_base, local_device
 
@@ -20,6 +27,7 @@ __all__ = [
     "QuantizedEmbedding",
     "TiedHead",
     "chunked_logits",
+    "code_levels",
     "dequantize",
     "dequantized_weight",
     "footprint",
@@ -27,4 +35,5 @@ __all__ = [
     "load_base",
     "local_device",
     "rounding_error",
+    "within_blocks",
 ]

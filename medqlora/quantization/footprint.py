@@ -7,9 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.functional import get_4bit_type
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from medqlora.errors import ConfigError
 from medqlora.quantization.checkpoint import Checkpoint, cast
+from medqlora.quantization.config import BITSANDBYTES_4BIT
 from medqlora.quantization.embedding import QuantizedEmbedding, TiedHead
 from medqlora.quantization.linear import dequantized_weight, is_quantized, stored_tensors
 
@@ -192,6 +196,36 @@ def rounding_error(model: nn.Module, path: str, revision: str | None = None) -> 
             norm += float(want.square().sum())
         errors[name] = (difference / norm) ** 0.5 if norm else 0.0
     return errors
+
+
+def code_levels(data_type: str) -> list[float]:
+    """The values that a 4-bit code can take, in units of the largest weight of its block, rising.
+
+    Args:
+        data_type: "nf4" or "fp4".
+
+    Raises:
+        ConfigError: If it is another one, whose values are evenly spaced.
+    """
+    if data_type not in BITSANDBYTES_4BIT:
+        raise ConfigError(
+            f"data_type={data_type} has no table of values: its codes are evenly spaced. Give nf4 "
+            "or fp4."
+        )
+    return sorted(get_4bit_type(data_type, device="cpu").tolist())
+
+
+def within_blocks(weight: Tensor, block_size: int = 64) -> Float[Tensor, " weight"]:
+    """Weights divided by the largest absolute one of their block, so that they lie in [-1, 1].
+
+    Args:
+        weight: Any shape; the last block may be shorter. A block of zeros stays zero.
+        block_size: Consecutive weights that share one constant.
+    """
+    flat = weight.detach().float().flatten()
+    largest = torch.stack([block.abs().max() for block in flat.split(block_size)])
+    scale = largest.repeat_interleave(block_size)[: len(flat)]
+    return torch.where(scale > 0, flat / scale, 0.0)
 
 
 def _pairs(

@@ -59,6 +59,17 @@ def test_all_rows_of_a_run_have_the_same_shapes_and_bounds(make_data):
     assert data.fill_fraction("train") == tokens / (data.num_rows("train") * 256)
 
 
+def test_lengths_are_those_of_the_tokenised_prompts(make_data):
+    data = make_data(num_val=30)
+    data.setup()
+    for split, questions in data.questions.items():
+        texts = [data.prompt.render(question)[0] for question in questions]
+        expected = [1 + len(data.tokenizer.encode(t, add_special_tokens=False)) for t in texts]
+        assert data.lengths(split).tolist() == expected
+    with pytest.raises(ConfigError, match="no test questions"):
+        data.lengths("test")
+
+
 def test_explanations_are_targets_of_train_alone(make_data):
     data = make_data(num_val=30, targets="explanation")
     data.setup()

@@ -17,6 +17,7 @@ from medqlora.evaluation import (
     config_hash,
     empty_metrics,
     hardware,
+    newest_run,
     read_predictions,
     read_run,
     read_runs,
@@ -317,3 +318,19 @@ def test_a_package_that_is_not_installed_is_null(monkeypatch):
     monkeypatch.delitem(results_module.sys.modules, "bitsandbytes", raising=False)
     assert versions()["bitsandbytes"] is None
     assert versions()["python"]
+
+
+def test_the_newest_run_is_the_last_started_of_the_trained_ones_that_completed(tmp_path):
+    for name, started, status, trained in (
+        ("a/old", "2026-11-01T00:00:00+00:00", "completed", True),
+        ("b/newer", "2026-11-03T00:00:00+00:00", "completed", True),
+        ("c/failed", "2026-11-04T00:00:00+00:00", "failed", True),
+        ("b/newer/baselines/base", "2026-11-05T00:00:00+00:00", "completed", False),
+    ):
+        write_metrics(tmp_path / name, {"started": started, "status": status})
+        if trained:
+            (tmp_path / name / "adapter").mkdir()
+    assert newest_run(tmp_path) == tmp_path / "b" / "newer"
+    for nothing in (tmp_path / "c", tmp_path / "not there"):
+        with pytest.raises(CheckpointError, match="make quickstart"):
+            newest_run(nothing)

@@ -7,7 +7,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from medqlora.quantization import QuantConfig, footprint, load_base, rounding_error
+from medqlora.errors import ConfigError
+from medqlora.quantization import (
+    QuantConfig,
+    code_levels,
+    dequantized_weight,
+    footprint,
+    load_base,
+    rounding_error,
+    within_blocks,
+)
 
 NF4 = QuantConfig("nf4", double_quant=True)
 FULL = QuantConfig("nf4", double_quant=True, embedding="nf4")
@@ -108,3 +117,30 @@ def test_wider_blocks_err_more(gemma_path):
         for b in (64, 128)
     ]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("data_type", ["nf4", "fp4"])
+def test_stored_weights_take_only_the_values_of_their_code(gemma_path, data_type):
+    """Dettmers et al. 2023, appendix E: within a block there is a value of the code, no other."""
+    levels = torch.tensor(code_levels(data_type))
+    assert len(levels) == 16
+    assert levels.diff().min() >= 0
+    assert levels.abs().max() == 1
+    base = load_base(gemma_path, QuantConfig(data_type, compute_dtype="float32"))
+    layer = base.model.layers[0].mlp.up_proj
+    scaled = within_blocks(dequantized_weight(layer))
+    distance = (scaled[:, None] - levels).abs().min(dim=1).values
+    # The largest of a block is stored as 1 in NF4; in FP4 as well, for its values are normalised.
+    assert distance.max() < 1e-5
+
+
+def test_within_blocks_each_block_has_its_own_largest():
+    weight = torch.tensor([[1.0, -2.0, 0.5, 4.0], [0.0, 0.0, 3.0, -6.0], [5.0, 1.0, 0.0, 0.0]])
+    found = within_blocks(weight[:, :3].reshape(1, -1), block_size=4)
+    torch.testing.assert_close(found, torch.tensor([0.5, -1.0, 0.25, 0.0, 0.0, 0.6, 1.0, 0.2, 0.0]))
+    assert not within_blocks(torch.zeros(70)).any()
+
+
+def test_a_code_without_a_table_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match="evenly spaced"):
+        code_levels("int8")
