@@ -70,7 +70,7 @@ def test_each_notebook_runs_top_to_bottom_on_a_run(runs, trained_run, monkeypatc
     said = [o.get("text", "") for c in cells for o in c.outputs if o.output_type == "stream"]
     assert not [text for text in said if "Traceback" in text]
     figures = [o for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
-    assert len(figures) >= 18
+    assert len(figures) >= 15
     shown = [o.get("data", {}).get("text/markdown", "") for c in cells for o in c.outputs]
     assert any("p (Holm)" in table for table in shown)
     assert any("wrong → right" in table or "right → wrong" in table for table in shown)
