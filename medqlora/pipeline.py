@@ -21,7 +21,7 @@ import torch
 from hydra.errors import InstantiationException
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import (
@@ -128,7 +128,7 @@ def make(node: Any, **runtime: Any) -> Any:
             return hydra.utils.instantiate(plain)
         # Objects are handed over by a call: Hydra would look for `_target_` inside them.
         build = hydra.utils.instantiate(plain, _partial_=True)
-    except InstantiationException as error:
+    except (InstantiationException, TypeError, ValueError, AttributeError) as error:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, MedQLoRAError):
@@ -187,7 +187,11 @@ def check(cfg: Config) -> None:
     for key, choices in (("resume", ("never", "auto")), ("select", ("best", "last"))):
         if cfg[key] not in choices:
             raise ConfigError(f"{key}={cfg[key]} is unknown. Choose {' or '.join(choices)}.")
-    unknown = set(cfg["baselines"]) - set(BASELINES)
+    if not isinstance(cfg["baselines"], Sequence | ListConfig) or isinstance(cfg["baselines"], str):
+        raise ConfigError(
+            f"baselines={cfg['baselines']} is no list. Choose among {', '.join(BASELINES)}, or []."
+        )
+    unknown = set(map(str, cfg["baselines"])) - set(BASELINES)
     if unknown:
         raise ConfigError(
             f"baselines={sorted(unknown)} are unknown. Choose among {', '.join(BASELINES)}, or []."
