@@ -39,6 +39,7 @@ from medqlora.acceleration import (
     use_packed_attention,
 )
 from medqlora.data import MedMCQADataModule, PromptTemplate, load_tokenizer
+from medqlora.data.cache import KeptData
 from medqlora.data.packing import PackedLoader
 from medqlora.data.tokenization import TextEncoder
 from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError, ModelError
@@ -56,12 +57,13 @@ from medqlora.finetuning import (
     FullFinetuning,
     MCQAModule,
     attach_adapter,
+    changes_base,
     count_trainable,
     load_adapter,
 )
 from medqlora.finetuning.callbacks import peak_memory_gb
 from medqlora.hub import hub_error, resolve_path
-from medqlora.quantization import QuantConfig, footprint, letter_rows, load_base
+from medqlora.quantization import KeptBase, QuantConfig, footprint, letter_rows, load_base
 from medqlora.schema import Prediction, Question
 
 log = logging.getLogger(__name__)
@@ -252,12 +254,24 @@ def _check_processes(cfg: Config) -> None:
             )
 
 
-def build_datamodule(cfg: Config, *, loss_targets: str = "answer") -> MedMCQADataModule:
+_kept_base, _kept_data = KeptBase(), KeptData()
+
+
+def forget_kept() -> None:
+    """Let go of what jobs of this process share: a sweep calls it at its end."""
+    _kept_base.forget()
+    _kept_data.forget()
+
+
+def build_datamodule(
+    cfg: Config, *, loss_targets: str = "answer", share: bool = False
+) -> MedMCQADataModule:
     """The questions of a run; they are read, checked, tokenised and packed by its `setup`.
 
     Args:
         cfg: A composed config.
         loss_targets: What the loss supervises: "answer" or "explanation".
+        share: Whether what was read and tokenised is kept for the next job of this process.
     """
     prompt = make(cfg["prompt"])
     assert isinstance(prompt, PromptTemplate)
@@ -270,13 +284,18 @@ def build_datamodule(cfg: Config, *, loss_targets: str = "answer") -> MedMCQADat
         pin_memory=device_of(cfg).type == "cuda",
         rank=processes.rank(),
         world_size=processes.world_size(),
+        kept=_kept_data if share else None,
     )
     assert isinstance(datamodule, MedMCQADataModule)
     return datamodule
 
 
 def build_base(
-    cfg: Config, quant: QuantConfig | None = None, *, cache_dir: Path | None = None
+    cfg: Config,
+    quant: QuantConfig | None = None,
+    *,
+    cache_dir: Path | None = None,
+    share: bool = False,
 ) -> GemmaForCausalLM:
     """The frozen base model on its device, stored as `quant` says, switched to packed rows.
 
@@ -285,8 +304,13 @@ def build_base(
         quant: Storage; that of the config if None.
         cache_dir: Folder for a quantised copy; None for this machine's, where
             `model.cache_quantized` asks for one.
+        share: Whether its weights are kept for the next job of this process. A method that writes
+            into them gets its own all the same.
     """
     model = cfg["model"]
+    share = share and not changes_base(make(cfg.get("peft")))
+    if not share:
+        _kept_base.forget()  # two bases need not fit
     if cache_dir is None and model.get("cache_quantized"):
         cache_dir = _cache_dir()
     base = load_base(
@@ -295,6 +319,7 @@ def build_base(
         revision=model.get("revision"),
         device=device_of(cfg),
         cache_dir=cache_dir,
+        kept=_kept_base if share else None,
     )
     use_packed_attention(base)
     return base

@@ -104,7 +104,12 @@ def describe(config: Mapping[str, Any] | None) -> str:
 
 
 def score_into(
-    record: RunRecord, cfg: DictConfig, datamodule: MedMCQADataModule, splits: Sequence[str]
+    record: RunRecord,
+    cfg: DictConfig,
+    datamodule: MedMCQADataModule,
+    splits: Sequence[str],
+    *,
+    share: bool = False,
 ) -> MCQAModule:
     """Load the model of a config, score splits and fill the record and the run folder.
 
@@ -113,11 +118,12 @@ def score_into(
         cfg: A config with `peft` empty, or with `adapter` naming a PEFT folder.
         datamodule: Set up.
         splits: Splits to score.
+        share: As for `pipeline.build_base`.
 
     Returns:
         What scored.
     """
-    base = pipeline.build_base(cfg)
+    base = pipeline.build_base(cfg, share=share)
     module = pipeline.build_scoring_module(cfg, base, datamodule, cfg.get("adapter"))
     record.metrics["data"] = pipeline.data_section(datamodule)
     record.metrics["model"] = pipeline.model_section(cfg, module.model)

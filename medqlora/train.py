@@ -167,7 +167,8 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
 
 
 def _read_data(cfg: DictConfig) -> MedMCQADataModule:
-    datamodule = pipeline.build_datamodule(cfg, loss_targets=pipeline.make(cfg.loss).targets)
+    targets = pipeline.make(cfg.loss).targets
+    datamodule = pipeline.build_datamodule(cfg, loss_targets=targets, share=is_sweep())
     datamodule.setup()
     return datamodule
 
@@ -206,7 +207,7 @@ def _fit_and_score(
         OutOfMemory: If training needs more memory than the device has.
     """
     splits = [split for split in ("val", "test") if split in datamodule.questions]
-    base = pipeline.build_base(cfg)
+    base = pipeline.build_base(cfg, share=is_sweep())
     revision = base.config._commit_hash
     identity = {
         "model.path": cfg.model.path,
@@ -345,7 +346,7 @@ def _score_baseline(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").unlink(missing_ok=True)
     with recorded(baseline, folder, "evaluate", keep_refused=True) as record:
-        score_into(record, baseline, datamodule, splits)
+        score_into(record, baseline, datamodule, splits, share=is_sweep())
     free_memory()
 
 
@@ -377,9 +378,17 @@ def _print_table(run_dir: Path) -> None:
 
 
 @command("train")
-def main(cfg: DictConfig, run_dir: Path) -> None:
+def _main(cfg: DictConfig, run_dir: Path) -> None:
     """Train, score, keep a run folder."""
     train(cfg, run_dir)
+
+
+def main() -> None:
+    """Train, score, keep a run folder."""
+    try:
+        _main()
+    finally:
+        pipeline.forget_kept()
 
 
 if __name__ == "__main__":

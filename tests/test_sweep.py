@@ -13,6 +13,8 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -26,15 +28,19 @@ from omegaconf import OmegaConf
 from transformers import GemmaForCausalLM
 
 from medqlora import pipeline
+from medqlora import train as train_verb
 from medqlora.config import CONFIG_DIR, compose
+from medqlora.data import datamodule
 from medqlora.entry import sweep_name
 from medqlora.errors import ConfigError
-from medqlora.evaluation import config_hash, read_run, write_metrics
+from medqlora.evaluation import config_hash, read_predictions, read_run, write_metrics
 from medqlora.finetuning import MCQAModule
+from medqlora.quantization import loading
 from medqlora.report import report
 from medqlora.runs import find_completed, resolved, sweep_root
 from medqlora.tracking import GuardedLogger, build_loggers, check_loggers, finish_loggers
 from medqlora.train import train
+from tests.conftest import ROOT
 
 NAMED = sorted(path.stem for path in (CONFIG_DIR / "sweep").glob("*.yaml"))
 
@@ -261,38 +267,100 @@ def test_a_named_sweep_needs_no_m_and_its_values_can_be_given(
     assert read_run("sweeps/rank/1").metrics["choices"]["sweep"] == "rank"
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- what the jobs of one process share -----------------------------------------------------------
 
 
-def _grown(small: list[str], folder: Path, jobs: int, warm_up: int) -> float:
-    """Megabytes that the process grew by after the first jobs; no model is left."""
+METHODS = ("dora_r16", "prompt_tuning", "norms", "lora_r4")
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """What was read: a base from its files, or a data set; one name a time, in order."""
+    done: list[str] = []
+
+    def count(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(loading, "_fill")
+    count(datamodule, "parse_rows")
+    return done
+
+
+def outcome(run_dir: Path) -> tuple[Any, ...]:
+    """What a run learned and answered, to be compared bit for bit."""
+    run = read_run(run_dir)
+    weights = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+    model = {key: run.metrics["model"][key] for key in ("num_trainable", "weight_gb")}
+    return weights, read_predictions(run_dir), run.metrics["val"], run.metrics["test"], model
+
+
+def test_adapters_over_one_base_load_it_once_and_equal_separate_processes(
+    sweep, small, loads, tmp_path
+):
+    """Nothing of a job reaches the next: no adapter, hook, mode, random number or weight."""
+    ended = sweep(f"peft={','.join(METHODS)}", "hydra.sweep.dir=sweeps/one")
+    assert ended.code == 0, ended.err
+    assert loads == ["parse_rows", "_fill"]
+    for job, peft in enumerate(METHODS[:-1]):
+        train(compose("train", [*small, f"peft={peft}"]), tmp_path / peft)
+        assert outcome(tmp_path / peft) == outcome(Path("sweeps/one") / str(job)), peft
+    alone = tmp_path / "alone"
+    words = [*small, f"peft={METHODS[-1]}", f"hydra.run.dir={alone}"]
+    command = [sys.executable, "-m", "medqlora.train", *words]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    assert outcome(alone) == outcome(Path("sweeps/one") / str(len(METHODS) - 1))
+
+
+def test_a_method_that_rewrites_the_base_gets_its_own(sweep, small, loads, tmp_path):
+    plain = ["quant=none_fp32", "hydra.sweep.dir=sweeps/own"]
+    ended = sweep("peft=lora_r4,pissa_r16,full,lora_r8", *plain)
+    assert ended.code == 0, ended.err
+    assert loads == ["parse_rows", *["_fill"] * 4]
+    assert "loaded again" not in ended.err
+    train(compose("train", [*small, "quant=none_fp32", "peft=lora_r8"]), tmp_path / "alone")
+    assert outcome(tmp_path / "alone") == outcome(Path("sweeps/own/3"))
+
+
+def test_nothing_is_kept_when_a_sweep_has_ended(sweep, loads):
+    for seed in (1, 2):
+        assert sweep(f"seed={seed}", "peft=lora_r4").code == 0
+    assert loads == ["parse_rows", "_fill"] * 2
+
+
+def test_a_hundred_jobs_in_one_process_leave_no_memory_behind(
+    small, tmp_path, capsys, monkeypatch, loads
+):
+    """One job's models and optimiser take several megabytes."""
+    monkeypatch.setattr(train_verb, "is_sweep", lambda: True)
+    short = [*small, "data.limit_val=0", "trainer.max_steps=1"]
+    configs = [compose("train", [*short, f"peft=lora_r{r}"]) for r in (4, 8, 16)]
     process, first = psutil.Process(), 0.0
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     there = _models()
-    for job in range(jobs):
-        overrides = [*small, f"seed={job}", f"peft=lora_r{(4, 8, 16)[job % 3]}"]
-        train(compose("train", overrides), folder / str(job))
-        gc.collect()
-        if job == warm_up - 1:
+    for job in range(100):
+        cfg = configs[job % 3]
+        cfg.seed = job
+        (run_dir := tmp_path / "sweeps" / "hundred" / str(job)).mkdir(parents=True)
+        train(cfg, run_dir)
+        if job == 19:
             first = process.memory_info().rss
+    grown = (process.memory_info().rss - first) / 1e6
+    assert loads.count("_fill") == 1
+    pipeline.forget_kept()
     assert _models() == there
     # A handler that is left behind holds its whole run, out of the garbage collector's sight.
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    return (process.memory_info().rss - first) / 1e6
+    assert grown < 20
 
 
 def _models() -> int:
     return sum(type(o) in (GemmaForCausalLM, MCQAModule, Trainer) for o in gc.get_objects())
-
-
-def test_twenty_jobs_in_one_process_leave_no_memory_behind(small, tmp_path, capsys):
-    """One job's models and optimiser take several megabytes."""
-    assert _grown(small, tmp_path, jobs=20, warm_up=8) < 20
-
-
-@pytest.mark.slow
-def test_a_hundred_jobs_in_one_process_leave_no_memory_behind(small, tmp_path, capsys):
-    assert _grown(small, tmp_path, jobs=100, warm_up=20) < 20
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ CompileMode = Literal["none", "default", "cuda_graphs", "auto"]
 
 CUDA_GRAPHS_UP_TO = 8192
 """Tokens a row up to which launching kernels costs more than running them."""
+
+VARIANTS = 128
+"""Compiled variants of one function that are kept. The jobs of a sweep share them where adapter and
+shapes agree and add to them where not; past torch's own limit of 8, compilation would fail."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ def accelerate(
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     mode = options.compile_mode(device, token_budget)
+    if mode != "none":
+        _keep_variants()
     reason = why_not_fused(model) if options.fused != "off" else "acceleration.fused=off"
     if reason is None:
         enable_fused(
@@ -154,3 +160,11 @@ def accelerate(
             dynamic=False, mode="reduce-overhead" if mode == "cuda_graphs" else None
         )
     return f"plain layers ({reason}), compile={mode}"
+
+
+def _keep_variants() -> None:
+    import torch._dynamo
+
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * VARIANTS)

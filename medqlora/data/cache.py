@@ -13,9 +13,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,39 @@ def cache_key(*parts: Any) -> str:
     """Hash of what a cached table was made from."""
     content = json.dumps([VERSION, *parts], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+Value = TypeVar("Value")
+
+
+class KeptData:
+    """What was read and tokenised last, in memory for the next job of the same process.
+
+    Of each kind the newest is kept, so that a sweep over data sets holds one of them.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, tuple[str, Any]] = {}
+
+    def get(self, kind: str, key: str, make: Callable[[], Value]) -> Value:
+        """What is kept, or else what `make` returns, which is kept from now on.
+
+        Args:
+            kind: What it is.
+            key: `cache_key` of all it is made from.
+            make: Makes it; its value must not be changed afterwards.
+        """
+        known = self._values.get(kind)
+        if known is not None and known[0] == key:
+            return known[1]
+        self._values.pop(kind, None)  # before the next one is made
+        value = make()
+        self._values[kind] = (key, value)
+        return value
+
+    def forget(self) -> None:
+        """Let everything go."""
+        self._values = {}
 
 
 def write_table(file: Path, table: pa.Table, meta: dict[str, Any]) -> None:

@@ -98,6 +98,8 @@ class MedMCQADataModule(LightningDataModule):
         cache_dir: Folder of the Arrow cache; None for MEDQLORA_CACHE or `~/.cache/medqlora`.
         rank: Number of this process, where no trainer tells.
         world_size: Number of processes, where no trainer tells.
+        kept: Where what was read and tokenised is shared with other data modules of this process;
+            None for nowhere.
 
     Attributes:
         questions: Questions by split, after `setup`; a split that was left out is absent.
@@ -146,6 +148,7 @@ class MedMCQADataModule(LightningDataModule):
         cache_dir: str | None = None,
         rank: int = 0,
         world_size: int = 1,
+        kept: cache.KeptData | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -181,6 +184,7 @@ class MedMCQADataModule(LightningDataModule):
         self.cache_dir = cache.cache_dir(cache_dir)
         self.rank = rank
         self.world_size = world_size
+        self.kept = kept
         self._check_options()
 
         self.questions: dict[str, list[Question]] = {}
@@ -343,7 +347,7 @@ class MedMCQADataModule(LightningDataModule):
         return {split: read_rows(file) for split, file in self.files.items()}
 
     def _load_source(self) -> _Source:
-        """The questions of the source, from the cache if the source is known to be unchanged."""
+        """The questions of the source, kept or cached if the source is known to be unchanged."""
         identity: Any = None
         if self.hub is None:
             identity = {split: [file, _file_sha256(file)] for split, file in self.files.items()}
@@ -355,8 +359,13 @@ class MedMCQADataModule(LightningDataModule):
         key = cache.cache_key(
             "source", identity, self.label_base, sorted(self.ignore_columns), strict
         )
+        if self.kept is None or not identity:
+            return self._read_source(key if identity else None)
+        return self.kept.get("questions", key, lambda: self._read_source(key))
+
+    def _read_source(self, key: str | None) -> _Source:
         file = self.cache_dir / f"questions-{key}.arrow"
-        kept = cache.read_table(file) if identity else None
+        kept = cache.read_table(file) if key else None
         if kept is not None:
             table, _ = kept
             return _Source(
@@ -365,6 +374,7 @@ class MedMCQADataModule(LightningDataModule):
                 groups=table["group"].combine_chunks().to_numpy(),
                 digests=table["digest"].to_pylist(),
             )
+        strict = self.splits == "official" and self.limits["train"] != 0
         parsed = parse_rows(
             self._read(),
             label_base=self.label_base,
@@ -378,7 +388,7 @@ class MedMCQADataModule(LightningDataModule):
             groups=np.array([group_of(question) for question in questions], dtype=np.uint64),
             digests=[question_digest(question) for question in questions],
         )
-        if identity and len(questions) >= cache.MIN_ROWS:
+        if key and len(questions) >= cache.MIN_ROWS:
             table = cache.questions_to_table(
                 questions, source.splits.tolist(), source.groups, source.digests
             )
@@ -504,8 +514,24 @@ class MedMCQADataModule(LightningDataModule):
             self.prompt.digest,
             explain,
         )
+
+        def make() -> TokenizedQuestions:
+            return self._make_tokens(source, rows, encoder, explain, key if cached else None)
+
+        if self.kept is None or not cached:
+            return make()
+        return self.kept.get(f"tokens {explain}", f"{key} {self.limit}", make)
+
+    def _make_tokens(
+        self,
+        source: _Source,
+        rows: np.ndarray,
+        encoder: TextEncoder,
+        explain: bool,
+        key: str | None,
+    ) -> TokenizedQuestions:
         file = self.cache_dir / f"tokens-{key}.arrow"
-        kept = cache.read_table(file) if cached else None
+        kept = cache.read_table(file) if key else None
         if kept is not None:
             tokenized = cache.table_to_tokens(kept[0])
             # Without a limit that bites, tokens are the same whatever the limit.
@@ -520,7 +546,7 @@ class MedMCQADataModule(LightningDataModule):
             letter_ids=self.letter_ids,
             explain=explain,
         )
-        if cached:
+        if key:
             cache.write_table(file, cache.tokens_to_table(tokenized), {"limit": self.limit})
         return tokenized
 

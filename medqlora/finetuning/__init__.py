@@ -3,6 +3,7 @@
 from medqlora.finetuning.adapters import (
     FullFinetuning,
     attach_adapter,
+    changes_base,
     count_trainable,
     load_adapter,
     merge_adapter,
@@ -62,6 +63,7 @@ __all__ = [
     "ValidationReport",
     "WeightChange",
     "attach_adapter",
+    "changes_base",
     "check_identity",
     "count_trainable",
     "effective_rank",

@@ -75,6 +75,15 @@ def no_adapter() -> None:
     """The option `peft=none`: the base model as it is."""
 
 
+def changes_base(peft_config: Any) -> bool:
+    """Whether a method writes into the weights of the base, which then cannot be shared.
+
+    Args:
+        peft_config: As for `attach_adapter`.
+    """
+    return isinstance(peft_config, FullFinetuning) or _initialisation(peft_config) in _REWRITES_BASE
+
+
 def attach_adapter(
     model: PreTrainedModel,
     peft_config: PeftConfig | FullFinetuning | Callable[..., PeftConfig] | None,
@@ -440,7 +449,7 @@ def _method(config: PeftConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type)).lower()
 
 
-def _initialisation(config: PeftConfig) -> str | None:
+def _initialisation(config: Any) -> str | None:
     """Name of LoRA's way to start, without its options; None for the usual one."""
     start = getattr(config, "init_lora_weights", None)
     return start.lower().split("_niter")[0] if isinstance(start, str) else None

@@ -16,12 +16,14 @@ from medqlora.quantization.footprint import (
     rounding_error,
     within_blocks,
 )
+from medqlora.quantization.kept import KeptBase
 from medqlora.quantization.linear import dequantized_weight
 from medqlora.quantization.loading import dequantize, load_base, local_device
 
 __all__ = [
     "Checkpoint",
     "Footprint",
+    "KeptBase",
     "LayerFootprint",
     "QuantConfig",
     "QuantizedEmbedding",

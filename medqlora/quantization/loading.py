@@ -18,6 +18,7 @@ from medqlora.quantization.checkpoint import Checkpoint
 from medqlora.quantization.checkpoint import cast as cast_copy
 from medqlora.quantization.config import HQQ_BITS, QuantConfig, require_extra
 from medqlora.quantization.embedding import QuantizedEmbedding, TiedHead
+from medqlora.quantization.kept import KeptBase
 from medqlora.quantization.linear import (
     dequantized_weight,
     empty_hqq_linear,
@@ -39,6 +40,7 @@ def load_base(
     device: torch.device | str = "cpu",
     attn_implementation: str = "sdpa",
     cache_dir: Path | str | None = None,
+    kept: KeptBase | None = None,
 ) -> GemmaForCausalLM:
     """Load a Gemma with its weights stored as `quant` says: frozen, in eval mode.
 
@@ -56,6 +58,8 @@ def load_base(
         attn_implementation: As in transformers.
         cache_dir: Folder for quantised copies, which load faster the second time; None for none. A
             copy that is stale or damaged is made anew, with a warning.
+        kept: Weights in memory that this base shares with the last one, if it is the same, and with
+            the next one; None for weights of its own.
 
     Returns:
         The model, as stock transformers and peft know it. `model.quant_config` is `quant`.
@@ -70,12 +74,18 @@ def load_base(
     cache = _cache(cache_dir, checkpoint, quant)
     model = _skeleton(checkpoint.config, quant, attn_implementation)
     targets = _check_layers(model, quant)
-    if cache is not None and (state := cache.read(device)) is not None:
-        _fill_from_cache(model, state, targets, quant, device)
+    key = (checkpoint.fingerprint(), quant, device) if kept is not None else None
+    state = kept.take(key) if kept is not None else None
+    if state is None and cache is not None:
+        state = cache.read(device)
+    if state is not None:
+        _fill_from_state(model, state, targets, quant, device)
     else:
         _fill(model, checkpoint, targets, quant, device)
         if cache is not None:
-            cache.write(_cacheable_state(model))
+            cache.write(_own_state(model))
+    if kept is not None and not quant.data_type.startswith("torchao"):
+        kept.keep(key, _own_state(model))
     model.config._name_or_path = model.name_or_path = checkpoint.path
     model.config._commit_hash = checkpoint.commit
     return _finish(model, quant)
@@ -337,7 +347,7 @@ def _finish(model: GemmaForCausalLM, quant: QuantConfig) -> GemmaForCausalLM:
     return model.requires_grad_(False).eval()
 
 
-def _cacheable_state(model: GemmaForCausalLM) -> dict[str, Tensor]:
+def _own_state(model: GemmaForCausalLM) -> dict[str, Tensor]:
     """Every stored tensor by module and name; the tied head adds none."""
     return {
         name: tensor
@@ -346,14 +356,14 @@ def _cacheable_state(model: GemmaForCausalLM) -> dict[str, Tensor]:
     }
 
 
-def _fill_from_cache(
+def _fill_from_state(
     model: GemmaForCausalLM,
     state: dict[str, Tensor],
     targets: list[str],
     quant: QuantConfig,
     device: torch.device,
 ) -> None:
-    """Put the tensors of a quantised copy in their places; they are on the device already."""
+    """Put tensors that are stored and on the device already in their places; none is copied."""
     if quant.embedding != "bf16":
         embedding = _empty_embedding(model, quant, torch.device("meta"))
         embedding.embed_scale = torch.tensor(_embed_scale(model), device=device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medqlora.errors import ConfigError
-from medqlora.quantization import QuantConfig, footprint, load_base, loading
+from medqlora.quantization import KeptBase, QuantConfig, footprint, load_base, loading
 from medqlora.quantization.cache import checksum
 from tests.quantization.conftest import save_gemma
 
@@ -177,3 +177,67 @@ def test_second_load_is_three_times_faster(tmp_path):
 
     first = seconds()
     assert first > 3 * min(seconds(), seconds())
+
+
+# --- kept in memory between jobs ------------------------------------------------------------------
+
+
+def _pointers(model) -> set[int]:
+    return {parameter.data_ptr() for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        FULL,
+        QuantConfig("fp4", double_quant=False, embedding="int8"),
+        QuantConfig("int8"),
+        QuantConfig("none"),
+    ],
+    ids=lambda quant: f"{quant.data_type}-{quant.embedding}",
+)
+def test_the_next_job_gets_another_model_around_the_same_weights(
+    gemma_path, token_ids, quant, no_quantisation
+):
+    """The same scores bit for bit, no weight twice in memory, nothing of the last job's model."""
+    kept = KeptBase()
+    first = load_base(gemma_path, quant, kept=kept)
+    expected = logits(first, token_ids)
+    no_quantisation()
+    next(first.model.norm.parameters()).requires_grad_(True)
+    first.model.layers[0].mlp.register_forward_hook(lambda *args: torch.zeros(1))
+    first.train()
+    second = load_base(gemma_path, quant, kept=kept)
+    torch.testing.assert_close(logits(second, token_ids), expected, rtol=0, atol=0)
+    assert _pointers(second) == _pointers(first)
+    assert not {id(m) for m in second.modules()} & {id(m) for m in first.modules()}
+    assert not any(p.requires_grad for p in second.parameters())
+    assert not any(m.training or m._forward_hooks for m in second.modules())
+    assert footprint(second) == footprint(first)
+
+
+def test_weights_that_a_job_changed_are_loaded_again(gemma_path, token_ids, caplog):
+    kept, quant = KeptBase(), QuantConfig("none")
+    first = load_base(gemma_path, quant, kept=kept)
+    expected = logits(first, token_ids)
+    with torch.no_grad():
+        first.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    second = load_base(gemma_path, quant, kept=kept)
+    torch.testing.assert_close(logits(second, token_ids), expected, rtol=0, atol=0)
+    assert "model.layers.1.mlp.up_proj.weight" in caplog.text
+    assert not _pointers(second) & _pointers(first)
+
+
+def test_another_storage_or_a_changed_file_is_another_base(tmp_path, token_ids):
+    path = str(save_gemma(tmp_path / "model", seed=1))
+    kept = KeptBase()
+    first = load_base(path, QuantConfig("none"), kept=kept)
+    quantised = load_base(path, QuantConfig("nf4"), kept=kept)
+    assert quantised.is_loaded_in_4bit
+    again = load_base(path, QuantConfig("none"), kept=kept)
+    assert not _pointers(again) & _pointers(first)
+    save_gemma(tmp_path / "model", seed=2)
+    other = load_base(path, QuantConfig("none"), kept=kept)
+    assert not torch.equal(logits(other, token_ids), logits(first, token_ids))
+    kept.forget()
+    assert not _pointers(load_base(path, QuantConfig("none"), kept=kept)) & _pointers(other)
