@@ -37,3 +37,21 @@ class CheckpointError(MedQLoRAError):
 
 class TrainingError(MedQLoRAError):
     """A run that started and could not go on, such as one with an infinite loss."""
+
+
+class RunPruned(Exception):
+    """The end of a run that a search gave up on; neither completed nor failed.
+
+    Args:
+        metric: What was compared.
+        value: Its value.
+        step: Updates that were made.
+    """
+
+    exit_code = 0
+
+    def __init__(self, metric: str, value: float, step: int) -> None:
+        super().__init__(
+            f"pruned after {step} updates: {metric} {value:.4f} is worse than that of other trials"
+        )
+        self.metric, self.value, self.step = metric, value, step

@@ -26,7 +26,13 @@ from safetensors import SafetensorError
 from medqlora import pipeline, processes
 from medqlora.data import MedMCQADataModule
 from medqlora.entry import choices, command_line, one_line
-from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError, TrainingError
+from medqlora.errors import (
+    CheckpointError,
+    ConfigError,
+    MedQLoRAError,
+    RunPruned,
+    TrainingError,
+)
 from medqlora.evaluation import (
     config_hash,
     empty_metrics,
@@ -287,6 +293,9 @@ def recorded(
     Yields:
         The record to fill in.
 
+    A run that a search ends early (`RunPruned`) stays "interrupted", with `pruned` saying when;
+    the exception ends here.
+
     Raises:
         ConfigError: If the folder holds another run.
     """
@@ -331,6 +340,10 @@ def _kept_true(
         with _told_of_disk(run_dir):
             yield
         metrics["status"] = "completed"
+    except RunPruned as end:  # not completed: another sweep of this config goes on from here
+        metrics["error"] = str(end)
+        metrics["pruned"] = {"metric": end.metric, "value": end.value, "step": end.step}
+        log.info("%s", end)
     except BaseException as error:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         metrics["status"] = "interrupted" if interrupted else "failed"

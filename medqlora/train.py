@@ -30,6 +30,7 @@ from medqlora.evaluation import (
 )
 from medqlora.evaluation.tables import result_row, result_table
 from medqlora.finetuning import (
+    Pruning,
     RunCheckpoints,
     find_resumable,
     fit,
@@ -54,6 +55,7 @@ from medqlora.runs import (
     score_into,
     sweep_root,
 )
+from medqlora.search import trial_of_this_job
 from medqlora.tracking import check_loggers, finish_loggers, log_result
 
 log = logging.getLogger("medqlora.train")  # under `python -m` the name would be __main__
@@ -218,12 +220,18 @@ def _fit_and_score(
     checkpoint = find_resumable(run_dir / "checkpoints", identity) if go_on else None
     checkpoint = processes.from_first(checkpoint)
     callbacks = pipeline.build_callbacks(cfg, run_dir, datamodule, identity)
+    trial = trial_of_this_job()
+    if trial is not None:
+        record.metrics["search"] = trial.describe()
     loggers = _build_loggers(cfg, run_dir)
     exit_code = 1
     try:
         trainer = pipeline.build_trainer(cfg, run_dir, callbacks, loggers)
         datamodule.trainer = trainer
         steps = pipeline.num_updates(cfg, datamodule)
+        if trial is not None:
+            pruning = Pruning(trial.metric, trial.is_hopeless, steps)
+            trainer.callbacks.append(pruning)  # type: ignore[attr-defined]
         module = pipeline.build_training_module(cfg, base, datamodule, steps)
         record.metrics["model"] = pipeline.model_section(cfg, module.model)
         record.metrics["train"].update(

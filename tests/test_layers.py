@@ -15,7 +15,17 @@ LAYERS = {
     0: {"schema", "errors", "config", "hub", "assets", "processes", "masking"},
     1: {"data", "quantization", "acceleration", "evaluation", "tracking"},
     2: {"finetuning"},
-    3: {"pipeline", "foreign", "entry", "runs", "budget", "answering", "web", "inspection"},
+    3: {
+        "pipeline",
+        "foreign",
+        "entry",
+        "search",
+        "runs",
+        "budget",
+        "answering",
+        "web",
+        "inspection",
+    },
     4: {
         "train",
         "evaluate",

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import psutil
@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from medqlora import processes
-from medqlora.errors import TrainingError
+from medqlora.errors import RunPruned, TrainingError
 from medqlora.finetuning.checkpoints import RunCheckpoints, between_updates
 from medqlora.finetuning.memory import OutOfMemory, is_out_of_memory
 from medqlora.schema import PackedBatch
@@ -481,6 +481,35 @@ class GracefulStop(Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+class Pruning(Callback):
+    """Ends a run that a search finds hopeless, after a validation.
+
+    Args:
+        metric: What is reported, such as "val/loss".
+        is_hopeless: Given its value and the updates so far, whether to end the run.
+        num_training_steps: Updates of the whole run; one that is at its end is let end.
+
+    Raises:
+        RunPruned: From the hook, out of `fit`.
+    """
+
+    def __init__(
+        self, metric: str, is_hopeless: Callable[[float, int], bool], num_training_steps: int
+    ) -> None:
+        self.metric = metric
+        self.is_hopeless = is_hopeless
+        self.num_training_steps = num_training_steps
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the metric and perhaps end the run."""
+        value, step = trainer.callback_metrics.get(self.metric), trainer.global_step
+        if trainer.sanity_checking or value is None:
+            return
+        hopeless = self.is_hopeless(float(value), step)
+        if hopeless and step < self.num_training_steps:
+            raise RunPruned(self.metric, float(value), step)
 
 
 def fit(
