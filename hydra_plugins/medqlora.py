@@ -1,4 +1,4 @@
-"""Where Hydra looks for plugins: the namespace package `hydra_plugins`, which has no `__init__.py`."""
+"""Where Hydra looks for plugins: the namespace package `hydra_plugins`, without `__init__.py`."""
 
 from medqlora.search import Search
 

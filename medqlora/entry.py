@@ -37,7 +37,7 @@ Task = Callable[[DictConfig, Path], None]
 
 
 class _JobFailed(Exception):
-    """Carries the failure of a job out of a worker process of a launcher."""
+    """Carries the failure of a job, in one line, out of a worker process of a launcher."""
 
 
 def sweep_name(arguments: list[str] | None = None) -> str:
@@ -89,9 +89,14 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
             def job(cfg: DictConfig) -> None:
                 run_dir = Path(HydraConfig.get().runtime.output_dir)
+                is_worker = os.getpid() != process
+                if is_worker:
+                    _console_logging()
                 if _keeps_log():
                     _log_to(run_dir / f"{config_name}.log")
                 try:
+                    if is_worker and _wants_gpu(cfg):
+                        processes.take_gpu()
                     task(cfg, run_dir)
                 except BaseException as error:
                     if show_traceback or isinstance(error, SystemExit):
@@ -103,8 +108,8 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                         _remove_if_unused(run_dir, f"{config_name}.log")
                     if isinstance(error, KeyboardInterrupt):
                         raise
-                    if os.getpid() != process:
-                        raise _JobFailed from None
+                    if is_worker:
+                        raise _JobFailed(f"{place}{one_line(error)}") from None
                 finally:
                     _close_logs()
 
@@ -117,7 +122,8 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                     hydra.main(
                         version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name
                     )(job)()
-            except _JobFailed:
+            except _JobFailed as error:
+                print(f"error: the first job that failed is {error}", file=sys.stderr, flush=True)
                 exit_codes.append(1)
             except (
                 ConfigError,
@@ -144,6 +150,12 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def _wants_gpu(cfg: DictConfig) -> bool:
+    """Whether this worker of joblib has to find a GPU; a cluster gives each job its own."""
+    on_gpu = (cfg.get("trainer") or {}).get("accelerator") in ("gpu", "cuda")
+    return on_gpu and "joblib" in str(HydraConfig.get().launcher._target_)
 
 
 def _why_not_here(verb: str) -> ConfigError | None:

@@ -7,9 +7,14 @@ function here does nothing and takes no time.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from medqlora.errors import ConfigError
 
 Value = TypeVar("Value")
 
@@ -91,3 +96,41 @@ def largest(number: int) -> int:
     tensor = torch.tensor(number)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
+
+
+_taken: list[IO[str]] = []
+
+
+def take_gpu() -> None:
+    """Take a GPU of this machine that no other worker has, and hide the others from this process.
+
+    The first job of a worker must call it before CUDA starts; the GPU is given back when the
+    process ends. Which GPUs there are is what CUDA_VISIBLE_DEVICES says, or else all.
+
+    Raises:
+        ConfigError: If there are fewer GPUs than workers.
+    """
+    if _taken:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    names = [name for name in visible.split(",") if name]
+    for name in names:
+        file = Path(tempfile.gettempdir()) / f"medqlora-gpu-{name}-{os.getuid()}.lock"
+        lock = file.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            continue
+        _taken.append(lock)
+        os.environ["CUDA_VISIBLE_DEVICES"] = name
+        return
+    if names:  # without any, `trainer=gpu` is refused in its own words
+        raise ConfigError(
+            f"this machine has {len(names)} GPUs and all are taken by other jobs. Add "
+            f"hydra.launcher.n_jobs={len(names)}, so that each job has one of its own."
+        )

@@ -23,6 +23,12 @@ from medqlora.evaluation.ablation import Ablation, Entry, Setting, analyse, read
 from medqlora.evaluation.figures import save_figure
 from medqlora.evaluation.html import Published, report_page
 from medqlora.evaluation.results import RunResult
+from medqlora.evaluation.search_figures import (
+    importance_figure,
+    importances,
+    parallel_figure,
+    trials_of,
+)
 from medqlora.evaluation.sweep_figures import (
     cost_figure,
     curves,
@@ -135,7 +141,7 @@ def _summary_row(entry: Entry, split: str, factors: Sequence[str]) -> dict[str, 
         "run": str(run.run_dir),
         "setting": entry.label,
         "kind": entry.kind,
-        "status": run.status,
+        "status": run.ending,
         "error": run.error,
         **{f"factor.{name}": entry.levels.get(name) for name in factors},
         "seed": metrics["seed"],
@@ -449,6 +455,11 @@ def _figures(ablation: Ablation, folder: Path) -> None:
         "main_effects": lambda: effects_figure(ablation.effects, majority),
         "differences": lambda: forest_figure(ablation.comparisons),
     }
+    if trials := trials_of(ablation):
+        makers["search_trials"] = lambda: parallel_figure(trials)
+        makers["search_importance"] = lambda: importance_figure(
+            importances(trials), trials[0].metric
+        )
     for name, make in makers.items():
         try:
             save_figure(make(), folder / name)
@@ -466,7 +477,8 @@ def main(cfg: DictConfig, run_dir: Path) -> None:
         for entry in ablation.entries
         if entry.run.status == "completed"
     ][:MAX_PRINTED]
-    failed = sum(entry.run.status != "completed" for entry in ablation.entries)
+    endings = [entry.run.ending for entry in ablation.entries]
+    failed = sum(ending not in ("completed", "pruned") for ending in endings)
     if rows:
         console.print(result_table(rows, title=f"{Path(cfg.runs).name}, {ablation.split} split"))
     if ablation.comparisons:
@@ -475,6 +487,8 @@ def main(cfg: DictConfig, run_dir: Path) -> None:
     if best is not None:
         section = best.entries[0].run.metrics[ablation.split]
         console.print(f"most accurate: {best.name}: {accuracy_text(section)}", highlight=False)
+    if pruned := endings.count("pruned"):
+        console.print(f"{pruned} trial(s) were pruned", highlight=False)
     if failed:
         console.print(f"{failed} run(s) did not complete; report.html says why", highlight=False)
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True, highlight=False)

@@ -44,6 +44,7 @@ SAME_LAYER = {
     ("hub", "errors"),
     ("hub", "config"),
     ("entry", "foreign"),
+    ("processes", "errors"),
     ("runs", "pipeline"),
     ("runs", "entry"),
     ("budget", "pipeline"),

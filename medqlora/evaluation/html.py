@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from medqlora.evaluation.ablation import Ablation, Effect, Entry, Setting, pareto_front
+from medqlora.evaluation.search_figures import Trial, goodness, importances, scales, trials_of
 from medqlora.evaluation.statistics import Comparison
 from medqlora.evaluation.sweep_figures import (
     KINDS,
@@ -95,6 +96,7 @@ def report_page(
     page = _Page(ablation, Path(folder))
     sections = [
         ("runs", "Runs", _runs(page)),
+        ("search", "Search", _search(page)),
         ("costs", "Accuracy and cost", _costs(page)),
         ("settings", "Settings and paired differences", _settings(page)),
         ("effects", "Main effects", _effects(page)),
@@ -241,7 +243,7 @@ def _runs(page: _Page) -> str:
     width = len(heads) + 1
     body = "".join(_run_row(page, e, factors, split, width) for e in page.ablation.entries)
     kinds = dict.fromkeys(e.kind for e in page.ablation.entries)
-    states = dict.fromkeys(str(e.run.status) for e in page.ablation.entries)
+    states = dict.fromkeys(e.run.ending for e in page.ablation.entries)
     return (
         '<div class="tools">'
         '<input id="search" type="search" placeholder="filter: words of a run, such as nf4 seed=1" '
@@ -300,7 +302,7 @@ def _run_row(page: _Page, entry: Entry, factors: Sequence[str], split: str, widt
     )
     name = _name(page, entry)
     failed = run.status != "completed"
-    words = f"{entry.label} {name} seed={metrics['seed']} {run.status} {entry.kind} {command}"
+    words = f"{entry.label} {name} seed={metrics['seed']} {run.ending} {entry.kind} {command}"
     gb, speed = metrics["model"]["weight_gb"], metrics["train"]["questions_per_second"]
     ms, peak = milliseconds(split)(run), metrics["train"]["peak_memory_gb"]
     numbers = (
@@ -316,8 +318,8 @@ def _run_row(page: _Page, entry: Entry, factors: Sequence[str], split: str, widt
         + cell(peak, _decimals(peak, 2))
         + cell(metrics["wall_seconds"], _decimals(metrics["wall_seconds"], 1))
     )
-    state = "failed" if failed else entry.kind
-    problem = f"{run.status}: {run.error}" if failed else ""
+    state = "failed" if failed and run.ending != "pruned" else entry.kind
+    problem = f"{run.ending}: {run.error}" if failed else ""
     detail = (
         f'<tr class="detail" hidden><td colspan="{width}">'
         + (f"<p>{escape(problem)}</p>" if problem else "")
@@ -332,12 +334,12 @@ def _run_row(page: _Page, entry: Entry, factors: Sequence[str], split: str, widt
         # Why it has no numbers stands where they would be.
         numbers = numbers.replace(
             f'<td data-v="">{UNKNOWN}</td>',
-            f'<td data-v="" data-tip="{escape(problem)}">{escape(str(run.status))}</td>',
+            f'<td data-v="" data-tip="{escape(problem)}">{escape(run.ending)}</td>',
             1,
         )
     return (
         f'<tr class="run {state}" data-setting="{page.number(entry.setting)}" '
-        f'data-kind="{entry.kind}" data-status="{escape(str(run.status))}" '
+        f'data-kind="{entry.kind}" data-status="{escape(run.ending)}" '
         f'data-text="{escape(words.lower())}">'
         f'<td class="text" data-v="{escape(name)}">{title}</td>{levels}'
         f"{cell(metrics['seed'], escape(str(metrics['seed'])))}{numbers}"
@@ -356,6 +358,80 @@ def _name(page: _Page, entry: Entry) -> str:
     common = Path(os.path.commonpath(parts)) if len(parts) > 1 else parts[0].parent
     name = entry.run.run_dir.resolve().relative_to(common).as_posix()
     return entry.run.name if name == "." else name
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+def _search(page: _Page) -> str:
+    """Parallel coordinates of a search and what its keys explain; empty where none was made."""
+    trials = trials_of(page.ablation)
+    shown = [trial for trial in trials if trial.value is not None]
+    if len(shown) < 2:
+        return ""
+    figures = _parallel(page, shown)
+    if shares := importances(trials):
+        figures += _importance(shares, trials[0].metric)
+    counts = {
+        "completed": sum(not trial.pruned for trial in shown),
+        "pruned": sum(trial.pruned for trial in shown),
+        "failed": len(trials) - len(shown),
+    }
+    text = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    return (
+        f'<div class="plots">{figures}</div><p class="soft">{len(trials)} trials: {text}. A trial '
+        "that was pruned was ended early, with the value it had then (dotted). Importance: share "
+        "of the variance over completed trials that a key explains (fANOVA). The best of many "
+        "trials looks better on val than it is; test was not searched.</p>"
+    )
+
+
+def _parallel(page: _Page, trials: Sequence[Trial]) -> str:
+    columns = scales(trials)
+    axes = _Axes(
+        120 + 120 * (len(columns) - 1), 300, (0, len(columns) - 1), (0, 1), right=74, top=26
+    )
+    for i, rank in sorted(enumerate(goodness(trials)), key=lambda pair: pair[1]):
+        trial = trials[i]
+        points = (f"{axes.px(x)},{axes.py(axis.places[i])}" for x, axis in enumerate(columns))
+        words = "\n".join(f"{key} = {value}" for key, value in trial.params.items())
+        ending = " (pruned)" if trial.pruned else ""
+        tip = escape(f"trial {trial.number}: {trial.metric} {trial.value:.4f}{ending}\n{words}")
+        kind = "trial best" if rank == 1 else "trial"
+        axes.parts.append(
+            f'<a href="{escape(page.href(trial.entry))}"><path class="{kind}" '
+            f'd="M{"L".join(points)}" stroke-opacity="{0.15 + 0.85 * rank:.2f}" data-tip="{tip}"'
+            + (' stroke-dasharray="2 3"' if trial.pruned else "")
+            + "/></a>"
+        )
+    for x, axis in enumerate(columns):
+        axes.line("axis", axes.px(x), axes.top, axes.px(x), axes.bottom)
+        axes.text(axes.px(x), axes.top - 10, axis.name)
+        for place, text in axis.ticks:
+            axes.text(axes.px(x) + 4, axes.py(place) + 4, text[:14], "start", "soft")
+    return (
+        f'<figure class="wide"><h3>Every trial</h3>{axes.svg("parallel coordinates")}'
+        "<figcaption>A line a trial; the better, the darker. It leads to its run."
+        "</figcaption></figure>"
+    )
+
+
+def _importance(shares: Mapping[str, float], metric: str) -> str:
+    axes = _Axes(
+        380, 40 + 26 * len(shares), (0, 1), (len(shares) - 0.5, -0.5), left=150, bottom=24, right=46
+    )
+    for place, (name, share) in enumerate(shares.items()):
+        y, width = axes.py(place), max(axes.px(share) - axes.left, 1)
+        axes.text(axes.left - 8, y + 4, name, "end")
+        axes.parts.append(
+            f'<rect class="mark k0 f0" x="{axes.left}" y="{y - 7}" width="{width:.1f}" height="14" '
+            f'data-tip="{escape(f"{name}: {100 * share:.1f} % of the variance of {metric}")}"/>'
+        )
+        axes.text(axes.left + width + 5, y + 4, f"{100 * share:.0f} %", "start", "soft")
+    return (
+        f"<figure><h3>What mattered for {escape(metric)}</h3>{axes.svg('importance')}"
+        "<figcaption>fANOVA over completed trials.</figcaption></figure>"
+    )
 
 
 # --- scatter plots --------------------------------------------------------------------------------

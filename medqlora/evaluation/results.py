@@ -98,6 +98,11 @@ class RunResult:
         return self.metrics["status"]
 
     @property
+    def ending(self) -> str:
+        """The status for readers: "pruned" where a search ended the run early."""
+        return "pruned" if self.metrics.get("pruned") else str(self.status)
+
+    @property
     def error(self) -> str | None:
         """Why the run failed or cannot be read, if so."""
         return self.metrics["error"]
