@@ -31,7 +31,13 @@ def space_of(*words: str) -> Any:
 
 def test_words_of_the_command_line_become_distributions():
     fixed, space = space_of(
-        "seed=3", RATE, "a=interval(0,1.5)", "b=range(1,9,2)", "c=x,y", "d=interval(1,8)", "e=[1,2]"
+        "seed=3",
+        RATE,
+        "a=interval(0,1.5)",
+        "b=range(1,9,2)",
+        "c=x,y",
+        "d=int(interval(1,8))",
+        "e=[1,2]",
     )
     assert fixed == ["seed=3", "e=[1,2]"]
     make = optuna.distributions

@@ -51,6 +51,7 @@ def test_the_wheel_holds_package_configuration_and_assets_and_nothing_else(wheel
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = names_below(ROOT / "medqlora", "medqlora")
     expected |= names_below(ROOT / "conf", "medqlora/conf")
+    expected |= names_below(ROOT / "hydra_plugins", "hydra_plugins")
     assert inside == expected
     for name in ("medqlora/conf/train.yaml", "medqlora/conf/quant/nf4.yaml", "medqlora/schema.py"):
         assert name in inside
