@@ -256,14 +256,17 @@ def open_study(
         "none": lambda: optuna.pruners.NopPruner(),
     }
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=url,
             study_name=name,
             direction=METRICS[metric],
-            sampler=samplers[sampler](),
             pruner=pruners[pruner](),
             load_if_exists=True,
         )
+        if seed is not None:  # a search that goes on must not draw again what it drew first
+            seed += len(study.get_trials(deepcopy=False))
+        study.sampler = samplers[sampler]()
+        return study
     except Exception as error:  # SQLAlchemy's and each driver's own
         raise ConfigError(
             f"the storage {_without_password(url)} of the search cannot be used "
@@ -332,8 +335,9 @@ def _tell(study: Study, trial: FrozenTrial, run_dir: Path, metric: str) -> None:
 
     from medqlora.evaluation.results import read_run
 
+    answered = study.get_trials(deepcopy=False)[trial.number].user_attrs.get("run_dir")
     try:
-        metrics: dict[str, Any] = read_run(run_dir).metrics
+        metrics: dict[str, Any] = read_run(answered or run_dir).metrics
     except MedQLoRAError:  # the job never began
         metrics = {"status": "failed"}
     if metrics["status"] == "interrupted" and not metrics.get("pruned"):
@@ -396,6 +400,10 @@ class RunningTrial:
                 key: distribution_to_json(value) for key, value in self._trial.distributions.items()
             },
         }
+
+    def answered_by(self, run_dir: Path) -> None:
+        """Note the run that had the same config: a sampler may draw what was tried before."""
+        self._trial.set_user_attr("run_dir", str(run_dir))
 
     def is_hopeless(self, value: float, step: int) -> bool:
         """Report a value of the metric after some updates; whether the pruner would end it here."""

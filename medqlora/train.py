@@ -90,6 +90,8 @@ def _train_here(cfg: DictConfig, run_dir: Path) -> Path:
         with job_place(cfg, run_dir, move_log) as place:
             if place.done:
                 log.info("done already: %s", place.run_dir)
+                if (trial := trial_of_this_job()) is not None:
+                    trial.answered_by(place.run_dir)
             else:
                 _train_in(cfg, place.run_dir, sweep=True, go_on=place.go_on)
         return place.run_dir

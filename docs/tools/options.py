@@ -58,7 +58,8 @@ def groups() -> dict[str, str]:
         for key in read_option(CONF / "train.yaml").defaults
         if not key.name.startswith("override ")
     }
-    found = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    files = (path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
+    found = {path.parent.as_posix() for path in files}
     ordered = [name for name in about if name in found] + sorted(found - about.keys())
     return {name: about.get(name, "") for name in ordered}
 
