@@ -18,7 +18,7 @@ COMMANDS = sorted(
         line.split("#")[0].strip()
         for page in PAGES
         for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if line.startswith("python -m medqlora.")
     }
 )
@@ -33,8 +33,8 @@ def test_a_command_of_the_readme_or_of_the_docs_composes(command):
     words = shlex.split(command)[2:]
     verb = words[0].removeprefix("medqlora.")
     assert importlib.util.find_spec(words[0]) is not None
-    # Of the values that a sweep lists, the first stands for all.
-    overrides = [word.split(",")[0] for word in words[1:] if word != "-m"]
+    # Of the values that a sweep lists, the first stands for all; an interval is none of them.
+    overrides = [word.split(",")[0] for word in words[1:] if word != "-m" and "(" not in word]
     compose(verb, overrides)
 
 
