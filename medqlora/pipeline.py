@@ -99,6 +99,10 @@ BASELINES = ("base_16bit", "base_quantized")
 STRATEGIES = ("ddp", "fsdp")
 """What `trainer.strategy` can be: how several devices share the work."""
 
+GROUPS = ("data", "prompt", "model", "quant", "optimizer", "scheduler", "loss", "acceleration")
+GROUPS += ("trainer", "logger", "callbacks")
+"""Config groups from which one option must be chosen; without `peft` a bare base is meant."""
+
 BACKENDS = ("auto", "packed", "stock")
 """What `evaluate.backend` can be."""
 
@@ -168,6 +172,12 @@ def check(cfg: Config) -> None:
     Raises:
         ConfigError: One line about the first such option.
     """
+    for name in GROUPS:
+        if name in cfg and not isinstance(cfg[name], Mapping | DictConfig):
+            raise ConfigError(
+                f"{name}={cfg[name]} is no option of that group. Choose one that --help lists, or "
+                f"set single keys of it, {name}.KEY=VALUE."
+            )
     device = device_of(cfg)
     precision = cfg["trainer"].get("precision")
     if precision not in (None, "32-true", 32, "32"):

@@ -140,8 +140,13 @@ def check_loggers(options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If `wandb.mode` is unknown, or the package of a logger is not installed.
     """
-    wandb = options.get("wandb")
-    mode = (wandb or {}).get("mode", "auto")
+    for name, node in options.items():
+        if name in LOGGERS and node is not None and not isinstance(node, Mapping):
+            raise ConfigError(
+                f"logger.{name}={node} is no group of options. Choose logger={name}, or set one of "
+                f"its keys, such as logger.{name}.{LOGGERS[name]}."
+            )
+    mode = (options.get("wandb") or {}).get("mode", "auto")
     if mode not in WANDB_MODES:
         raise ConfigError(
             f"logger.wandb.mode={mode} is unknown. Choose one of {', '.join(WANDB_MODES)}."
@@ -153,6 +158,13 @@ def check_loggers(options: Mapping[str, Any]) -> None:
                 f"install {packages[0]}`, or choose logger=csv."
             )
 
+
+LOGGERS = {
+    "wandb": "mode=offline",
+    "tensorboard": "log_graph=true",
+    "mlflow": "experiment_name=NAME",
+}
+"""Loggers that an option can choose, with a key of each."""
 
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
 

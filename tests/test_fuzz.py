@@ -5,18 +5,26 @@ Each test tries some hundred cases; `HYPOTHESIS_PROFILE=long` tries ten thousand
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from medqlora import pipeline
 from medqlora.answering import check_row
+from medqlora.config import compose
 from medqlora.data.medmcqa import read_questions
 from medqlora.data.readers import FORMATS
 from medqlora.errors import MedQLoRAError
+from medqlora.train import _check as check
 
 CASES = {"long": 10_000}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 0)
 
@@ -104,3 +112,35 @@ def read(file: Path, content: bytes, *, compress: bool = True) -> None:
         assert_bad_request(error, str(file))
     else:
         assert questions
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+WHOLE = compose("train", ["trainer=cpu"])
+ROOTS = {"seed", "resume", "select", "baselines", "peft", *pipeline.GROUPS} - {"callbacks"}
+
+
+def leaves(node: Any, path: str = "") -> Iterator[str]:
+    """Every key of a config as a command line names it, groups as well."""
+    for key in node:
+        where = f"{path}.{key}" if path else str(key)
+        if where.split(".")[0] in ROOTS:
+            yield where
+            if OmegaConf.is_dict(node[key]):
+                yield from leaves(node[key], where)
+
+
+@cases(100)
+@given(key=st.sampled_from(sorted(leaves(WHOLE))), value=VALUES)
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key, value):
+    """What `train` does before it reads data or weights."""
+    cfg = copy.deepcopy(WHOLE)
+    try:
+        OmegaConf.update(cfg, key, value, merge=False)
+        check(cfg)
+        pipeline.make(cfg.prompt)
+        pipeline.make(cfg.loss)
+    except MedQLoRAError as error:
+        assert_bad_request(error)
+    except OmegaConfBaseException:
+        pass  # the entry point says it in one line
