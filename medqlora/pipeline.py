@@ -99,8 +99,19 @@ BASELINES = ("base_16bit", "base_quantized")
 STRATEGIES = ("ddp", "fsdp")
 """What `trainer.strategy` can be: how several devices share the work."""
 
-GROUPS = ("data", "prompt", "model", "quant", "optimizer", "scheduler", "loss", "acceleration")
-GROUPS += ("trainer", "logger", "callbacks")
+GROUPS = (
+    "data",
+    "prompt",
+    "model",
+    "quant",
+    "optimizer",
+    "scheduler",
+    "loss",
+    "acceleration",
+    "trainer",
+    "logger",
+    "callbacks",
+)
 """Config groups from which one option must be chosen; without `peft` a bare base is meant."""
 
 BACKENDS = ("auto", "packed", "stock")
