@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,17 @@ from rich.console import Console
 
 from medqlora.entry import command, command_line
 from medqlora.errors import CheckpointError, ConfigError
-from medqlora.evaluation.ablation import Ablation, Entry, Setting, analyse, read_sweep
+from medqlora.evaluation.ablation import (
+    Ablation,
+    Entry,
+    Setting,
+    analyse,
+    is_quantised,
+    read_sweep,
+    storage,
+)
 from medqlora.evaluation.figures import save_figure
-from medqlora.evaluation.html import Published, report_page
+from medqlora.evaluation.html import Published, PublishedRow, report_page
 from medqlora.evaluation.results import RunResult
 from medqlora.evaluation.search_figures import (
     importance_figure,
@@ -94,11 +102,12 @@ def report(cfg: DictConfig, out_dir: Path) -> Ablation:
     split = _split(cfg.split, runs)
     published = _published_name(cfg.published, runs)
     ablation = analyse(runs, split, cfg.baseline)
+    beside = None if published is None else read_published(published, ablation)
     out_dir.mkdir(parents=True, exist_ok=True)
     table = summary(ablation)
     table.to_csv(out_dir / "summary.csv", index=False)
     table.to_parquet(out_dir / "summary.parquet", index=False)
-    (out_dir / "tables.md").write_text(_markdown(ablation), encoding="utf-8")
+    (out_dir / "tables.md").write_text(_markdown(ablation, beside), encoding="utf-8")
     (out_dir / "tables.tex").write_text(latex_tables(ablation), encoding="utf-8")
     _figures(ablation, out_dir / "figures")
     title = cfg.title or Path(cfg.runs).resolve().name
@@ -107,7 +116,7 @@ def report(cfg: DictConfig, out_dir: Path) -> Ablation:
         out_dir,
         title=str(title),
         command=command_line("report"),
-        published=None if published is None else read_published(published, ablation),
+        published=beside,
     )
     (out_dir / "report.html").write_text(page, encoding="utf-8")
     return ablation
@@ -242,45 +251,81 @@ def read_published(name: str, ablation: Ablation) -> Published:
     rows = []
     for row in data["rows"]:
         ours, remark = _OURS[row["ours"]](ablation)
-        rows.append({**row, "ours": ours, "remark": remark})
+        rows.append(PublishedRow(row["quantity"], row["published"], ours, remark))
     return Published(data["title"], data["source"], rows, data["notes"])
 
 
 # --- what stands beside a published number --------------------------------------------------------
 
 
-def _bits(setting: Setting) -> str:
-    quant = (setting.entries[0].run.config or {}).get("quant") or {}
-    return "16 bit" if quant.get("data_type") == "none" else "quantised"
+def _config(setting: Setting) -> Mapping[str, Any]:
+    return setting.entries[0].run.config or {}
 
 
-def _first(ablation: Ablation, kind: str, bits: str) -> Setting | None:
-    """The most accurate setting of a kind and storage on the questions of the baseline."""
-    found = [s for s in ablation.settings if s.kind == kind and _bits(s) == bits]
-    return max(found, key=lambda s: s.accuracy, default=None)
+def _best(settings: Sequence[Setting]) -> Setting | None:
+    """The most accurate one on val, where all were scored on it: test chooses nothing."""
+    by_val = [s.mean(lambda run: run.metrics["val"]["accuracy"]) for s in settings]
+    known = [value for value in by_val if value is not None]
+    ranks = known if len(known) == len(by_val) else [s.accuracy for s in settings]
+    best = max(zip(ranks, settings, strict=True), key=lambda pair: pair[0], default=None)
+    return None if best is None else best[1]
+
+
+def _quantised(ablation: Ablation, kind: str) -> Setting | None:
+    """The best quantised setting of a kind."""
+    return _best([s for s in ablation.settings if s.kind == kind and is_quantised(_config(s))])
+
+
+def _unquantised(ablation: Ablation, kind: str) -> Setting | None:
+    """The unquantised setting of a kind, in 16 bit if there is one.
+
+    The one that differs in nothing else from the quantised one beside it; the best where none does.
+    """
+    found = [s for s in ablation.settings if s.kind == kind and not is_quantised(_config(s))]
+    found = [s for s in found if storage(_config(s)) == "16 bit"] or found
+    beside = _quantised(ablation, kind)
+    same = [s for s in found if beside is not None and _rest(s) == _rest(beside)]
+    return _best(same) or _best(found)
+
+
+def _rest(setting: Setting) -> dict[str, str]:
+    return {k: v for k, v in setting.levels.items() if k.partition(".")[0] != "quant"}
+
+
+_Ours = tuple[list[tuple[str, Setting | None]], str]
+"""Our values, each with its setting, and what they are of."""
 
 
 def _pair(
     before: Setting | None, after: Setting | None, text: Callable[[Setting], str | None]
-) -> tuple[str, str]:
-    parts = [UNKNOWN if s is None else text(s) or UNKNOWN for s in (before, after)]
-    names = [s.name for s in (before, after) if s is not None]
-    return " to ".join(parts), " to ".join(names)
+) -> _Ours:
+    parts: list[tuple[str, Setting | None]] = []
+    for setting in (before, after):
+        known = None if setting is None else text(setting)
+        parts.append((UNKNOWN, None) if known is None else (known, setting))
+    names = [_stored_name(s) for s in (before, after) if s is not None]
+    return parts, " to ".join(names)
 
 
-def _ours_weights(ablation: Ablation) -> tuple[str, str]:
+def _stored_name(setting: Setting) -> str:
+    stored = storage(_config(setting))
+    unclear = not is_quantised(_config(setting)) and stored not in setting.name
+    return f"{setting.name} ({stored})" if unclear else setting.name
+
+
+def _ours_weights(ablation: Ablation) -> _Ours:
     def text(setting: Setting) -> str | None:
         gb = setting.mean(weight_gb)
         return None if gb is None else f"{1000 * gb:.2f} MB"
 
-    return _pair(_first(ablation, "base", "16 bit"), _first(ablation, "base", "quantised"), text)
+    return _pair(_unquantised(ablation, "base"), _quantised(ablation, "base"), text)
 
 
-def _ours_accuracy(ablation: Ablation) -> tuple[str, str]:
+def _ours_accuracy(ablation: Ablation) -> _Ours:
     def text(s: Setting) -> str:
         return f"{100 * s.accuracy:.2f} % [{100 * s.interval.low:.1f}, {100 * s.interval.high:.1f}]"
 
-    before, after = (_first(ablation, kind, "quantised") for kind in ("base", "trained"))
+    before, after = (_quantised(ablation, kind) for kind in ("base", "trained"))
     ours, names = _pair(before, after, text)
     known = after or before
     if known is None:
@@ -288,34 +333,33 @@ def _ours_accuracy(ablation: Ablation) -> tuple[str, str]:
     return ours, f"{names}; n={known.n}, majority {100 * known.majority_accuracy:.1f} %"
 
 
-def _ours_memory(ablation: Ablation) -> tuple[str, str]:
+def _ours_memory(ablation: Ablation) -> _Ours:
     def text(setting: Setting) -> str | None:
         gb = setting.mean(lambda run: run.metrics["train"]["peak_memory_gb"])
         return None if gb is None else f"{gb:.2f} GB"
 
-    return _pair(
-        _first(ablation, "trained", "16 bit"), _first(ablation, "trained", "quantised"), text
-    )
+    return _pair(_unquantised(ablation, "trained"), _quantised(ablation, "trained"), text)
 
 
-def _ours_milliseconds(ablation: Ablation) -> tuple[str, str]:
+def _ours_milliseconds(ablation: Ablation) -> _Ours:
     def text(setting: Setting) -> str | None:
         ms = setting.mean(milliseconds(ablation.split))
         return None if ms is None else f"{ms:.2f} ms"
 
-    return _pair(_first(ablation, "base", "16 bit"), _first(ablation, "base", "quantised"), text)
+    return _pair(_unquantised(ablation, "base"), _quantised(ablation, "base"), text)
 
 
-def _ours_val_loss(ablation: Ablation) -> tuple[str, str]:
-    setting = _first(ablation, "trained", "quantised")
+def _ours_val_loss(ablation: Ablation) -> _Ours:
+    setting = _quantised(ablation, "trained")
     loss = None if setting is None else setting.mean(lambda run: run.metrics["val"]["loss"])
     if setting is None or loss is None:
-        return UNKNOWN, ""
+        return [(UNKNOWN, None)], ""
     gain = math.log(4) - loss
-    return f"{loss:.3f}", f"{setting.name}; {gain:.3f} nats below ln 4"
+    way = "below" if gain >= 0 else "above"
+    return [(f"{loss:.3f}", setting)], f"{setting.name}; {abs(gain):.3f} nats {way} ln 4"
 
 
-_OURS: dict[str, Callable[[Ablation], tuple[str, str]]] = {
+_OURS: dict[str, Callable[[Ablation], _Ours]] = {
     "weights": _ours_weights,
     "accuracy": _ours_accuracy,
     "memory": _ours_memory,
@@ -366,13 +410,17 @@ def _short(error: str | None) -> str | None:
     return error if error is None or len(error) <= 200 else error[:199] + "…"
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def _setting_lines(ablation: Ablation) -> str:
     lines = [
         "| setting | accuracy | 95 % interval | majority | n | seeds |\n"
         "|---|---:|---:|---:|---:|---:|\n"
     ]
     for s in ablation.settings:
-        name = s.name.replace("|", "\\|")
+        name = _cell(s.name)
         lines.append(
             f"| {name} | {100 * s.accuracy:.1f} % | [{100 * s.interval.low:.1f}, "
             f"{100 * s.interval.high:.1f}] | {100 * s.majority_accuracy:.1f} % | {s.n} | "
@@ -381,7 +429,7 @@ def _setting_lines(ablation: Ablation) -> str:
     return "".join(lines)
 
 
-def _markdown(ablation: Ablation) -> str:
+def _markdown(ablation: Ablation, published: Published | None) -> str:
     parts = [f"## Runs, {ablation.split} split\n\n{result_markdown(_result_rows(ablation))}"]
     if ablation.settings:
         parts.append(
@@ -401,6 +449,16 @@ def _markdown(ablation: Ablation) -> str:
             "## Main effects\n\n| factor | level | accuracy | 95 % interval | matched blocks | "
             f"runs |\n|---|---|---:|---:|---:|---:|\n{lines}\nMeans over runs that differ in the "
             f"factor alone; 0 blocks: not balanced. n={n}, majority {100 * majority:.1f} %.\n"
+        )
+    if published is not None:
+        lines = "".join(
+            f"| {row.quantity} | {row.published} | {row.text} | {_cell(row.remark)} |\n"
+            for row in published.rows
+        )
+        notes = "".join(f"- {note}\n" for note in published.notes)
+        parts.append(
+            f"## {published.title}\n\n| quantity | published | here | of |\n|---|---:|---:|---|\n"
+            f"{lines}\n{published.source}\n\n{notes}"
         )
     if ablation.notes:
         parts.append("## Notes\n\n" + "".join(f"- {note}\n" for note in ablation.notes))
@@ -445,7 +503,7 @@ def _figures(ablation: Ablation, folder: Path) -> None:
     makers: dict[str, Callable[[], Figure]] = {
         "accuracy_gb": lambda: cost_figure(settings, weight_gb, "weights, GB", split),
         "accuracy_ms": lambda: cost_figure(
-            settings, milliseconds(split), "scoring, ms a question", split
+            settings, milliseconds(split), "scoring time, ms a question", split
         ),
         "accuracy_trainable": lambda: cost_figure(
             settings, num_trainable, "trainable parameters", split

@@ -15,7 +15,7 @@ import pytest
 
 from medqlora.config import compose
 from medqlora.errors import CheckpointError, ConfigError
-from medqlora.evaluation import read_predictions, read_run, wilson_interval
+from medqlora.evaluation import read_predictions, read_run, wilson_interval, write_metrics
 from medqlora.evaluation.ablation import (
     analyse,
     pareto_front,
@@ -23,7 +23,7 @@ from medqlora.evaluation.ablation import (
     setting_interval,
 )
 from medqlora.evaluation.sweep_figures import label_places
-from medqlora.report import PUBLISHED_DIR, latex_tables, report, summary
+from medqlora.report import PUBLISHED_DIR, latex_tables, read_published, report, summary
 from tests.browser import MISSING, Browser, free_port
 from tests.fake_runs import PEFTS, QUANTS, base_config, make_questions, write_run, write_sweep
 
@@ -71,7 +71,7 @@ class Links(HTMLParser):
 def test_factors_are_what_was_varied_and_seeds_are_none(ablation):
     assert set(ablation.factors["trained"]) == {"quant", "peft"}
     assert ablation.factors["trained"]["peft"] == list(PEFTS)
-    assert ablation.factors["base"] == {"quant": list(QUANTS)}
+    assert ablation.factors["base"] == {"quant": ["16 bit", "int8", "nf4"]}
 
 
 def test_seeds_of_a_setting_are_averaged_and_copies_of_a_base_are_one_run(ablation):
@@ -83,9 +83,9 @@ def test_seeds_of_a_setting_are_averaged_and_copies_of_a_base_are_one_run(ablati
         assert setting.accuracy == pytest.approx(np.mean(accuracies))
         assert setting.interval.low < setting.accuracy < setting.interval.high
     assert sorted(s.name for s in ablation.settings if s.kind == "base") == [
+        "base, 16 bit",
         "base, int8",
         "base, nf4",
-        "base, unquantised",
     ]
 
 
@@ -102,6 +102,21 @@ def test_runs_without_choices_are_told_apart_by_their_keys(tmp_path):
     found = analyse(read_sweep(tmp_path))
     assert found.factors["trained"]["optimizer.lr"] == ["0.0001", "0.0003"]
     assert len({s.name for s in found.settings}) == 3
+
+
+BARE = {"data_type": "none", "double_quant": False, "compute_dtype": "bfloat16"}
+
+
+def test_a_bare_base_is_named_for_its_storage_and_is_one_run_however_it_was_asked_for(tmp_path):
+    """`base_16bit`, and `base_quantized` of quant=none: the same weights, told apart by no key."""
+    config = {k: v for k, v in base_config().items() if k not in ("optimizer", "scheduler")}
+    full = {**BARE, "skip_modules": [], "block_size": 64, "embedding": "bf16"}
+    storages = [BARE, full, {**full, "compute_dtype": "float32"}, config["quant"]]
+    for number, quant in enumerate(storages):
+        write_run(tmp_path / str(number), {**config, "quant": quant, "peft": {}}, trainable=0)
+    found = analyse(read_sweep(tmp_path))
+    assert [s.name for s in found.settings] == ["base, 16 bit", "base, 32 bit", "base, nf4"]
+    assert found.baseline == "base, 16 bit"
 
 
 def test_a_value_varied_within_an_option_is_a_factor_of_its_own(tmp_path):
@@ -191,7 +206,7 @@ def test_labels_cover_neither_points_nor_one_another():
 
 
 def test_comparisons_are_paired_with_the_bare_base_and_corrected(ablation):
-    assert ablation.baseline == "base, unquantised"
+    assert ablation.baseline == "base, 16 bit"
     assert len(ablation.comparisons) == len(ablation.settings) - 1
     for c in ablation.comparisons:
         assert c.p_holm is not None
@@ -256,6 +271,7 @@ def test_markdown_never_shows_an_accuracy_alone(folder):
     for line in rows:
         assert re.search(r"\[[+-]?\d+\.\d, [+-]?\d+\.\d\]", line), line
     assert "majority" in text
+    assert "| weights, 16 bit to 4 bit | 2009.06 MB to 398.72 MB | 5010.00 MB to " in text
     assert "lora_r16, fp4 (the loss is not finite" in text
 
 
@@ -320,9 +336,37 @@ def test_published_numbers_stand_beside_ours_with_what_they_mean(page):
         "1.386",
     ):
         assert text in section
-    assert "5010.00 MB to " in section
+    assert "5010.00 MB</a> to <a" in section
     assert re.search(r"majority \d\d\.\d %", section)
     assert "quoted as published" in section
+
+
+def test_ours_beside_a_published_number_is_chosen_on_val_and_differs_in_storage_alone(tmp_path):
+    """Test chooses nothing, and "16 bit" is said of 16 bit only."""
+    config = base_config()
+    for number, (peft, skill, quant, gb) in enumerate(
+        (
+            ("lora_r8", 0.4, {**BARE, "compute_dtype": "float32"}, 9.0),
+            ("lora_r16", 3.0, {**BARE, "compute_dtype": "float32"}, 9.5),
+            ("lora_r8", 2.0, config["quant"], 2.0),
+            ("lora_r16", 0.1, config["quant"], 2.5),
+        )
+    ):
+        own = {**config, "quant": quant, "peft": {**config["peft"], "r": number % 2}}
+        option = "none" if quant["data_type"] == "none" else "nf4"
+        options = {"quant": option, "peft": peft}
+        write_run(tmp_path / str(number), own, skill=skill, choices=options, gb=gb)
+    # The other one is better on test.
+    metrics = dict(read_run(tmp_path / "3").metrics)
+    metrics["test"] |= {"accuracy": 0.99, "ci_low": 0.97, "ci_high": 1.0}
+    write_metrics(tmp_path / "3", metrics)
+    ablation = analyse(read_sweep(tmp_path))
+    assert max(ablation.settings, key=lambda s: s.accuracy).name == "lora_r16, nf4"
+    rows = {row.quantity: row for row in read_published("reference_study", ablation).rows}
+    memory = rows["memory of training, 16 bit to 4 bit"]
+    assert memory.text == "18.00 GB to 4.00 GB"
+    assert memory.remark == "lora_r8, unquantised (32 bit) to lora_r8, nf4"
+    assert rows["weights, 16 bit to 4 bit"].text == "- to -"
 
 
 def test_published_numbers_come_by_themselves_with_their_sweep(tmp_path):
@@ -548,6 +592,39 @@ def test_every_number_of_the_table_is_a_link(opened):
         )
         == []
     )
+
+
+def test_every_number_of_a_figure_and_of_the_effects_leads_to_its_runs(opened, ablation):
+    """A mean over several runs has a link a run."""
+    assert opened.run(
+        "return [...document.querySelectorAll('#settings g.point text, #costs g.point')]"
+        ".every((t) => t.closest('a[href]') || t.querySelector('a[href]'));"
+    )
+    assert opened.run("return document.querySelectorAll('#settings g.point text').length;") > 3
+    links = opened.run(
+        "return [...document.querySelectorAll('#effects-table tbody tr')]"
+        ".map((r) => r.querySelectorAll('a[href]').length);"
+    )
+    assert links == [effect.num_runs for effect in ablation.effects]
+    ours = opened.run(
+        "return [...document.querySelectorAll('#published tbody tr')]"
+        ".map((r) => r.cells[2].querySelectorAll('a[href]').length);"
+    )
+    assert ours == [2, 2, 2, 2, 1]
+
+
+def test_a_row_says_its_name_however_far_its_table_is_scrolled(opened):
+    opened.resize(700, 900)
+    moved, first, second = opened.run(
+        "const b = document.querySelector('#runs .scroll'); b.scrollLeft = 300;"
+        "const r = document.querySelector('#table tbody tr');"
+        "return [b.scrollLeft, r.cells[0].getBoundingClientRect().left -"
+        " b.getBoundingClientRect().left, r.cells[1].getBoundingClientRect().left];"
+    )
+    opened.resize(1280, 900)
+    assert moved == 300
+    assert 0 <= first < 3
+    assert second < 0
 
 
 def test_loss_of_knowing_nothing_is_the_line_in_the_curves(page):

@@ -115,7 +115,7 @@ class Effect:
             have each of its levels.
         interval: 95 % interval of that mean over questions; seeds and blocks are taken as they are.
         num_blocks: Blocks; 0 where no such set exists and all runs of the level are averaged.
-        num_runs: Runs that were averaged.
+        entries: The runs that were averaged.
     """
 
     factor: str
@@ -123,7 +123,12 @@ class Effect:
     accuracy: float
     interval: Interval
     num_blocks: int
-    num_runs: int
+    entries: Sequence[Entry]
+
+    @property
+    def num_runs(self) -> int:
+        """Runs that were averaged."""
+        return len(self.entries)
 
 
 @dataclass
@@ -333,7 +338,7 @@ def _effect(
         error = 1.96 * float(by_question.std(ddof=1)) / len(ids) ** 0.5 if len(ids) > 1 else 0.0
         mean = float(correct.mean())
         interval = Interval(max(mean - error, 0.0), min(mean + error, 1.0))
-    return Effect(factor, level, float(correct.mean()), interval, num_blocks, len(entries))
+    return Effect(factor, level, float(correct.mean()), interval, num_blocks, entries)
 
 
 def _once(runs: Sequence[RunResult]) -> list[RunResult]:
@@ -346,7 +351,7 @@ def _once(runs: Sequence[RunResult]) -> list[RunResult]:
             shas = tuple(_sha256(run, split) for split in ("val", "test"))
             key = (run.metrics["config_hash"], shas, run.metrics["started"])
             if _kind(run) == "base":
-                key = (config_hash(_without_seed(run.config)), shas)
+                key = (config_hash(_with_effect(_without_seed(run.config))), shas)
         if key not in seen:
             seen.add(key)
             kept.append(run)
@@ -365,7 +370,7 @@ def _entry(run: RunResult, levels: Mapping[str, str]) -> Entry:
     kind = _kind(run)
     words = ", ".join(_words(name, level) for name, level in levels.items())
     if kind == "base":
-        words = f"base, {words}" if words else f"base, {_storage(config)}"
+        words = f"base, {words or storage(config)}"
     elif not words:
         words = run.name
     setting = config_hash(_without_seed(config)) if config else str(run.run_dir)
@@ -399,13 +404,41 @@ def _words(name: str, level: str) -> str:
     return level if "." not in name and level != _MISSING else f"{name}={level}"
 
 
-def _storage(config: Mapping[str, Any]) -> str:
+def storage(config: Mapping[str, Any]) -> str:
+    """How the weights of a run's base are stored, in words: "16 bit", "32 bit", "nf4".
+
+    Args:
+        config: Config of the run.
+    """
     quant = config.get("quant") or {}
-    return str(quant.get("data_type", "unknown")).replace("none", "unquantised")
+    code = str(quant.get("data_type", "unknown"))
+    return _UNQUANTISED.get(quant.get("compute_dtype"), "16 bit") if code == "none" else code
 
 
-def _is_quantised(config: Mapping[str, Any]) -> bool:
-    return _storage(config) != "unquantised"
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether the weights of a run's base take fewer bits than a number of theirs has.
+
+    Args:
+        config: Config of the run.
+    """
+    return storage(config) not in _UNQUANTISED.values()
+
+
+_UNQUANTISED = {"bfloat16": "16 bit", "float16": "16 bit", "float32": "32 bit"}
+_OF_QUANTISED = ("double_quant", "skip_modules", "block_size", "quant_storage")
+
+
+def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the keys of `quant` that change nothing where nothing is quantised."""
+    quant = config.get("quant") or {}
+    if is_quantised(config):
+        return dict(config)
+    kept = {
+        key: value
+        for key, value in quant.items()
+        if key not in (*_OF_QUANTISED, "_convert_") and (key, value) != ("embedding", "bf16")
+    }
+    return {**config, "quant": kept}
 
 
 def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -456,13 +489,21 @@ def _factors_of(
                 for option in set(chosen)
             )
         }
+    if group == "quant" and group not in found:
+        stored = [storage({group: _keys_of(group, table)}) for table in flat]
+        if len(set(stored)) > 1:
+            found[group] = stored
     # What follows from another key, as double_quant from data_type, is no factor of its own.
     for name, column in sorted(varied.items(), key=lambda item: -len(_distinct(item[1]))):
         texts = [_text(name, value) for value in column]
         if not any(_follows(texts, other) for other in found.values()):
-            # The storage of a base is what its option is named for.
-            found[group if name == f"{group}.data_type" else name] = texts
+            found[name] = texts
     return found
+
+
+def _keys_of(group: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    start = f"{group}."
+    return {k.removeprefix(start): v for k, v in flat.items() if k.startswith(start)}
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -596,7 +637,7 @@ def _compare(
     if baseline is None:
         same = [s for s in usable if s.sha256 == common]
         bases = [s for s in same if s.kind == "base"]
-        unquantised = [s for s in bases if not _is_quantised(s.entries[0].run.config or {})]
+        unquantised = [s for s in bases if not is_quantised(s.entries[0].run.config or {})]
         baseline = (*unquantised, *bases, same[0])[0].name
     reference = next(s for s in usable if s.name == baseline)
     ablation.baseline = baseline

@@ -34,8 +34,33 @@ from medqlora.evaluation.tables import SMALL, UNKNOWN
 MAX_LABELS = 8
 """Points of a scatter that all have a label; of more, those of the Pareto front."""
 
+MAX_DOTS = 12
+"""Points of a learning curve that each have a dot; more are a line alone."""
+
 _PAGE = Path(__file__).parent / "page"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A published number with ours.
+
+    Attributes:
+        quantity: What was measured.
+        published: Its published value.
+        ours: Our values, before and after or one alone, each with the setting it was measured on.
+        remark: What ours are of.
+    """
+
+    quantity: str
+    published: str
+    ours: Sequence[tuple[str, Setting | None]]
+    remark: str
+
+    @property
+    def text(self) -> str:
+        """Our values in one text."""
+        return " to ".join(text for text, _ in self.ours)
 
 
 @dataclass(frozen=True)
@@ -45,13 +70,13 @@ class Published:
     Attributes:
         title: What it is.
         source: Where the numbers come from, and that they were not measured here.
-        rows: Quantity, published value, and which of ours stands beside it (`ours`), as texts.
+        rows: Its numbers with ours.
         notes: What the numbers mean.
     """
 
     title: str
     source: str
-    rows: Sequence[Mapping[str, str]] = ()
+    rows: Sequence[PublishedRow] = ()
     notes: Sequence[str] = ()
 
 
@@ -102,7 +127,7 @@ def report_page(
         ("effects", "Main effects", _effects(page)),
         ("curves", "Learning curves", _learning(page)),
         ("subjects", "Subjects", _subjects(page)),
-        ("published", published.title if published else "", _published(published)),
+        ("published", published.title if published else "", _published(page, published)),
         ("notes", "How to read this", _notes(page, command)),
     ]
     sections = [section for section in sections if section[2]]
@@ -169,14 +194,16 @@ def _cards(page: _Page) -> str:
     )
     html += (
         '<div class="card"><span>always the most frequent letter</span>'
-        f"<b>{100 * best.majority_accuracy:.1f} %</b><span>the accuracy that takes no knowledge, "
+        f"<b>{_linked(page, best, f'{100 * best.majority_accuracy:.1f} %')}</b>"
+        "<span>the accuracy that takes no knowledge, "
         f"n={best.n}</span></div>"
     )
     if sized:
         gb, smallest = min(sized, key=lambda pair: pair[0])
         html += (
-            f'<div class="card"><span>smallest weights</span><b>{_linked(page, smallest, _gb(gb))}'
-            f"</b><span>{escape(smallest.name)}</span></div>"
+            '<div class="card"><span>smallest weights</span>'
+            f"<b>{_linked(page, smallest, _bytes(gb))}</b>"
+            f"<span>{escape(smallest.name)}</span></div>"
         )
     return f'<div class="cards">{html}</div>'
 
@@ -442,7 +469,7 @@ def _costs(page: _Page) -> str:
     split = page.ablation.split
     kinds: list[tuple[str, Value]] = [
         ("weights, GB", weight_gb),
-        ("scoring, ms a question", milliseconds(split)),
+        ("scoring time, ms a question", milliseconds(split)),
         ("trainable parameters", num_trainable),
     ]
     figures = [
@@ -546,10 +573,12 @@ def _scatter(page: _Page, settings: Sequence[Setting], value: Value, xlabel: str
     for i, (spot, (_, setting)) in enumerate(zip(places, points, strict=True)):
         if spot is not None and (len(points) <= MAX_LABELS or i in on_front):
             axes.text(spot[0], spot[1], setting.name, "end" if spot[2] else "start", "soft")
+    kinds = dict.fromkeys(setting.kind for _, setting in points)
     return (
         f"<figure><h3>Accuracy (%) against {escape(xlabel)}</h3>{axes.svg(xlabel)}"
         f"<figcaption>Bars: 95 % interval. Line: majority letter {100 * majority:.1f} %. Dashed: "
-        f"Pareto front. n={points[0][1].n}.</figcaption></figure>"
+        f"Pareto front. n={points[0][1].n}. {_legend_kinds(kinds)}"
+        "</figcaption></figure>"
     )
 
 
@@ -711,10 +740,11 @@ def _forest(page: _Page) -> str:
             f'<line class="bar {kind}" x1="{x0}" y1="{y}" x2="{x1}" y2="{y}"/>'
             f'<circle class="mark {kind} {"f0" if sure else "hollow"}" cx="{x}" cy="{y}" r="4.5"/>'
             f'<rect class="hit" x="{min(x0, x - 8)}" y="{y - 9}" '
-            f'width="{max(x1, x + 8) - min(x0, x - 8):.1f}" height="18"/></a></g>'
+            f'width="{max(x1, x + 8) - min(x0, x - 8):.1f}" height="18"/>'
         )
         sign = "" if _p(p).startswith("<") else "= "
-        axes.text(axes.right + 10, y + 4, f"{100 * c.difference:+.1f}   p {sign}{_p(p)}", "start")
+        axes.text(axes.right + 10, y + 4, f"{100 * c.difference:+.1f}, p {sign}{_p(p)}", "start")
+        axes.parts.append("</a></g>")
     first = comparisons[0]
     return (
         '<div class="plots"><figure class="wide"><h3>Difference to '
@@ -741,11 +771,41 @@ def _effects(page: _Page) -> str:
         _effect(factor, levels, majority, _padded((low, high), False))
         for factor, levels in factors.items()
     )
+    rows = "".join(_effect_row(page, effect) for effect in effects)
+    heads = ("factor", "level", "mean accuracy", "95 % interval", "matched blocks", "runs")
+    kinds = (' class="text"', ' class="text"', "", "", "", ' class="text"')
+    head = "".join(f"<th{k}>{h}</th>" for h, k in zip(heads, kinds, strict=True))
     return (
         f'<div class="plots">{figures}</div><p class="soft">Mean accuracy (%) at each level. A '
         "block is a set of runs that differ in this factor alone and have each of its levels. "
         "Bars: 95 % interval over questions; they say nothing about other seeds. Line: majority "
-        f"letter {100 * majority:.1f} %.</p>"
+        f'letter {100 * majority:.1f} %.</p><div class="scroll"><table id="effects-table"><thead>'
+        f"<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        '<p class="soft">Each mean with the runs behind it.</p>'
+    )
+
+
+def _effect_row(page: _Page, effect: Effect) -> str:
+    runs = " ".join(
+        f'<a href="{escape(page.href(e))}" data-setting="{page.number(e.setting)}" data-tip="'
+        f'{escape(_entry_tip(page, e))}">{escape(_name(page, e))}</a>'
+        for e in effect.entries
+    )
+    low, high = effect.interval
+    return (
+        f'<tr><td class="text">{escape(effect.factor)}</td>'
+        f'<td class="text">{escape(effect.level)}</td><td>{100 * effect.accuracy:.1f} %</td>'
+        f"<td>[{100 * low:.1f}, {100 * high:.1f}]</td>"
+        f'<td>{effect.num_blocks or "not balanced"}</td><td class="text wrap">{runs}</td></tr>'
+    )
+
+
+def _entry_tip(page: _Page, entry: Entry) -> str:
+    section = entry.run.metrics[page.ablation.split]
+    return (
+        f"{entry.label}, {_seed(entry)}\naccuracy {_scaled(section['accuracy'])} %, 95 % interval "
+        f"[{_scaled(section['ci_low'])}, {_scaled(section['ci_high'])}]\n"
+        f"{entry.run.metrics['command'] or ''}"
     )
 
 
@@ -823,9 +883,11 @@ def _learning(page: _Page) -> str:
                 f'class="curve {colour[entry.setting]}"'
             )
             d = "M" + "L".join(f"{x},{y}" for x, y in places)
-            dots = "".join(f"M{x - 2:.1f},{y}h4" for x, y in places) if len(places) < 3 else ""
+            # A line of no length has round ends: a dot where something was measured.
+            dots = "".join(f"M{x},{y}h0" for x, y in places) if len(places) <= MAX_DOTS else ""
+            dots = dots and f'<path {common.replace("curve ", "curve dots ")} d="{dots}"/>'
             axes.parts.append(
-                f'<a href="{escape(page.href(entry))}"><path {common} d="{d}{dots}"/></a>'
+                f'<a href="{escape(page.href(entry))}"><path {common} d="{d}"/>{dots}</a>'
             )
         figures += f"<figure><h3>{head}</h3>{axes.svg(head)}</figure>"
     if not figures:
@@ -900,15 +962,19 @@ def _group_text(setting: Setting, split: str, group: str) -> str:
 # --- published, notes -----------------------------------------------------------------------------
 
 
-def _published(published: Published | None) -> str:
+def _published(page: _Page, published: Published | None) -> str:
     if published is None:
         return ""
-    rows = "".join(
-        f'<tr><td class="text">{escape(row["quantity"])}</td><td>{escape(row["published"])}</td>'
-        f"<td>{escape(row['ours'])}</td>"
-        f'<td class="text wrap">{escape(row.get("remark", ""))}</td></tr>'
-        for row in published.rows
-    )
+    rows = ""
+    for row in published.rows:
+        ours = " to ".join(
+            escape(text) if setting is None else _linked(page, setting, text)
+            for text, setting in row.ours
+        )
+        rows += (
+            f'<tr><td class="text">{escape(row.quantity)}</td><td>{escape(row.published)}</td>'
+            f'<td>{ours}</td><td class="text wrap">{escape(row.remark)}</td></tr>'
+        )
     notes = "".join(f"<li>{escape(note)}</li>" for note in published.notes)
     return (
         '<div class="scroll"><table><thead><tr><th class="text">quantity</th><th>published</th>'
@@ -953,6 +1019,10 @@ def _gb(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     return f"{value:.2f} GB" if value >= 0.1 else f"{value:.3g} GB"
+
+
+def _bytes(gb: float) -> str:
+    return f"{1000 * gb:.3g} MB" if gb < 0.1 else _gb(gb)
 
 
 def _count(value: float | None) -> str:

@@ -12,7 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from medqlora.evaluation.ablation import Effect, Setting, pareto_front
 from medqlora.evaluation.figures import (
@@ -171,6 +171,8 @@ def cost_figure(
     _baseline(axes, shown[0][1].majority_accuracy, horizontal=True)
     if min(costs) > 0 and max(costs) / min(costs) > 20:
         axes.set_xscale("log")
+    if max(costs) >= 1e4:
+        axes.xaxis.set_major_formatter(EngFormatter())
     axes.margins(x=0.12)
     axes.set(xlabel=xlabel, ylabel="accuracy, 95 % interval")
     _percent_axes(axes, "y")
@@ -234,6 +236,7 @@ def learning_figure(
                 UNKNOWING, color="black", linewidth=1, linestyle=":", label="knowing nothing: ln 4"
             )
         axes.set_title(keys[key], loc="left")
+        axes.set_xlim(left=0)
         axes.set(xlabel="updates", ylabel="nats" if key.endswith("loss") else "accuracy")
         if key == "val/accuracy":
             _percent_axes(axes, "y")
@@ -402,10 +405,13 @@ def forest_figure(comparisons: Sequence[Comparison]) -> Figure:
         raise ValueError("Nothing was compared.")
     ordered = sorted(comparisons, key=lambda c: c.difference)
     first = ordered[0]
-    figure, axes = _figure(
-        6.6,
-        1.5 + 0.28 * len(ordered),
+    figure, axes = _figure(6.6, 1.5 + 0.28 * len(ordered), "")
+    # Over the names too: over the plot alone it would have too little room.
+    figure.suptitle(
         f"Difference to {first.name_a} ({100 * first.accuracy_a:.1f} %, n={first.n})",
+        x=0.01,
+        ha="left",
+        fontsize=axes.title.get_fontsize(),
     )
     for place, c in enumerate(ordered):
         sure = c.p_holm is not None and c.p_holm < 0.05

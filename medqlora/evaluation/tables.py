@@ -260,16 +260,17 @@ def _total_cells(section: Mapping[str, Any]) -> list[str]:
 
 
 def _comparison_cells(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
-    headings = ["comparison", "accuracy", "difference", "95 % interval", "p", "p (Holm)", "n"]
+    pairs = [_names(c) for c in comparisons]
+    references = {name_a for name_a, _ in pairs}
+    # Many against one: it stands in the heading instead of in every row.
+    shared = references.pop() if len(pairs) > 1 and len(references) == 1 else None
+    first = "comparison" if shared is None else f"against {shared}"
+    headings = [first, "accuracy", "difference", "95 % interval", "p", "p (Holm)", "n"]
     cells = []
-    for c in comparisons:
-        name_a, name_b = c.name_a, c.name_b
-        if c.only_a is None:
-            name_a += f" ({c.num_seeds_a} seed{'s'[: c.num_seeds_a > 1]})"
-            name_b += f" ({c.num_seeds_b} seed{'s'[: c.num_seeds_b > 1]})"
+    for c, (name_a, name_b) in zip(comparisons, pairs, strict=True):
         cells.append(
             [
-                f"{name_b} vs {name_a}",
+                f"{name_b} vs {name_a}" if shared is None else name_b,
                 f"{_percent(c.accuracy_b)} vs {_percent(c.accuracy_a)} %",
                 f"{100 * c.difference:+.1f}",
                 f"[{100 * c.ci_low:+.1f}, {100 * c.ci_high:+.1f}]",
@@ -279,6 +280,17 @@ def _comparison_cells(comparisons: Sequence[Comparison]) -> tuple[list[str], lis
             ]
         )
     return headings, cells
+
+
+def _names(comparison: Comparison) -> tuple[str, str]:
+    """The names of both, with their numbers of seeds where seeds were compared."""
+    c = comparison
+    if c.only_a is not None:
+        return c.name_a, c.name_b
+    return (
+        f"{c.name_a} ({c.num_seeds_a} seed{'s'[: c.num_seeds_a > 1]})",
+        f"{c.name_b} ({c.num_seeds_b} seed{'s'[: c.num_seeds_b > 1]})",
+    )
 
 
 def _interval(values: Mapping[str, Any]) -> str:

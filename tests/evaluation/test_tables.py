@@ -136,3 +136,15 @@ def test_comparisons_show_interval_and_corrected_p(questions):
         assert "< 0.001" in text
         assert "Satterthwaite" in text
         assert "120" in text
+
+
+def test_a_reference_that_all_are_compared_with_stands_in_the_heading(questions):
+    runs = {name: [make_predictions(questions, skill, 1)] for name, skill in SKILLS.items()}
+    family = compare_family(runs, "base")
+    for text in (_render(comparison_table(family), 160), comparison_markdown(family)):
+        assert text.count("against base") == 1
+        assert " vs base" not in text
+        assert all(name in text for name in SKILLS)
+
+
+SKILLS = {"base": 0.2, "low rank": 1.0, "high rank": 2.0}
