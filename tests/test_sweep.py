@@ -344,13 +344,18 @@ def test_a_hundred_jobs_in_one_process_leave_no_memory_behind(
     process, first = psutil.Process(), 0.0
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     there = _models()
-    for job in range(100):
-        cfg = configs[job % 3]
-        cfg.seed = job
-        (run_dir := tmp_path / "sweeps" / "hundred" / str(job)).mkdir(parents=True)
-        train(cfg, run_dir)
-        if job == 19:
-            first = process.memory_info().rss
+    # What was there before is no job's: left out, each collection takes a tenth of the time.
+    gc.freeze()
+    try:
+        for job in range(100):
+            cfg = configs[job % 3]
+            cfg.seed = job
+            (run_dir := tmp_path / "sweeps" / "hundred" / str(job)).mkdir(parents=True)
+            train(cfg, run_dir)
+            if job == 19:
+                first = process.memory_info().rss
+    finally:
+        gc.unfreeze()
     grown = (process.memory_info().rss - first) / 1e6
     assert loads.count("_fill") == 1
     pipeline.forget_kept()
