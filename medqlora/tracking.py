@@ -289,7 +289,8 @@ def _start_wandb(
                 # It would keep the command line as it was typed.
                 x_disable_meta=any(mask(word) != word for word in sys.argv),
                 init_timeout=60,  # seconds
-                finish_timeout=300,  # what is not sent by then stays in the run folder
+                # What is not sent by then stays in the run folder.
+                finish_timeout=options.get("finish_timeout") or 60,
             ),
             reinit="finish_previous",
         )

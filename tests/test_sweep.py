@@ -41,6 +41,7 @@ from medqlora.runs import find_completed, resolved, sweep_root
 from medqlora.tracking import GuardedLogger, build_loggers, check_loggers, finish_loggers
 from medqlora.train import train
 from tests.conftest import ROOT
+from tests.wandb_server import WandbServer
 
 NAMED = sorted(path.stem for path in (CONFIG_DIR / "sweep").glob("*.yaml"))
 SEARCHES = {"optuna_lora"}  # no grid of jobs: tests/test_search.py
@@ -401,11 +402,11 @@ def wandb_records(file: Path) -> Iterator[bytes]:
             whole = b""
 
 
-def read_wandb(run_dir: Path) -> dict[str, Any]:
-    """What the offline file of a run says, as `wandb sync` would read it."""
+def read_wandb(run_dir: Path, folder: str = "offline-run-*") -> dict[str, Any]:
+    """What the file of a run says, as `wandb sync` would read it."""
     from wandb.proto import wandb_internal_pb2
 
-    [file] = run_dir.glob("wandb/offline-run-*/*.wandb")
+    [file] = run_dir.glob(f"wandb/{folder}/*.wandb")
     found: dict[str, Any] = {"history": [], "exit_code": None}
     for data in wandb_records(file):
         record: Any = wandb_internal_pb2.Record()
@@ -450,7 +451,42 @@ def check_validation_media(run_dir: Path, history: list[dict[str, Any]]) -> None
             assert (files / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sweep_is_one_group_and_every_job_a_finished_run_of_its_own(sweep, private_wandb):
+def check_sync(sweep: Path, offline: list[dict[str, Any]], home: Path) -> None:
+    """`wandb sync` sends every run of a sweep, and what arrives is what the folders hold."""
+    folders = sorted(sweep.glob("*/wandb/offline-run-*"))
+    server = WandbServer()
+    try:
+        for folder in folders:
+            subprocess.run(
+                [Path(sys.executable).with_name("wandb"), "sync", folder],
+                check=True,
+                capture_output=True,
+                timeout=120,
+                env={**os.environ, **server.environment, "HOME": str(home)},
+            )
+    finally:
+        server.close()
+    assert list(server.runs) == [found["run"].run_id for found in offline]
+    for found, sent in zip(offline, server.runs.values(), strict=True):
+        run = found["run"]
+        assert sent.about["groupName"] == run.run_group
+        assert sent.about["displayName"] == run.display_name
+        assert set(sent.about["tags"]) == set(run.tags)
+        assert set(sent.config) >= {"quant", "peft", "data", "optimizer", "seed"}
+        assert sent.exit_code == found["exit_code"]
+        assert len(sent.history) == len(found["history"])
+        for key in ("final/test/accuracy", "val/accuracy"):
+            theirs = [row[key] for row in sent.history.values() if key in row]
+            assert theirs == [row[key] for row in found["history"] if key in row]
+    first = next(iter(server.runs.values()))
+    assert first.files["config.yaml"]
+    assert sum(name.endswith(".png") for name in first.files) >= 3
+    assert any("by_subject_name" in name for name in first.artifacts)
+
+
+def test_a_sweep_is_one_group_and_every_job_a_finished_run_of_its_own(
+    sweep, private_wandb, tmp_path
+):
     """Without a key the runs are kept offline, with the exit code of each ending."""
     ended = sweep("optimizer.lr=1e-4,.nan", "peft=lora_r4", "logger=wandb")
     assert ended.code == 1
@@ -473,6 +509,7 @@ def test_a_sweep_is_one_group_and_every_job_a_finished_run_of_its_own(sweep, pri
         [offline] = (folder / job / "wandb").glob("offline-run-*")
         assert offline.name.endswith(run.run_id)
     check_validation_media(folder / "0", first["history"])
+    check_sync(folder, [first, second], tmp_path)
     last = first["history"][-1]
     assert last["final/test/accuracy"] == read_run(folder / "0").metrics["test"]["accuracy"]
     assert last["final/test/majority_accuracy"] > 0
@@ -492,6 +529,48 @@ def test_an_unreachable_server_keeps_the_run_offline(small, tmp_path, private_wa
     train(compose("train", [*small, "logger=wandb", "peft=lora_r4"]), tmp_path / "run")
     assert read_run(tmp_path / "run").status == "completed"
     assert read_wandb(tmp_path / "run")["exit_code"] == 0
+
+
+def test_a_run_with_a_key_is_sent_while_it_trains(small, tmp_path, private_wandb):
+    server = WandbServer()
+    for name, value in server.environment.items():
+        private_wandb.setenv(name, value)
+    train(compose("train", [*small, "logger=wandb", "peft=lora_r4"]), tmp_path / "run")
+    server.close()
+    [sent] = server.runs.values()
+    assert sent.exit_code == 0
+    saved = read_run(tmp_path / "run")
+    assert sent.config["peft"] == (saved.config or {})["peft"]
+    rows = list(sent.history.values())
+    assert rows[-1]["final/test/accuracy"] == saved.metrics["test"]["accuracy"]
+    assert any("val/accuracy" in row for row in rows)
+
+
+def test_a_server_that_goes_away_in_the_middle_costs_a_wait_and_no_run(
+    small, tmp_path, private_wandb
+):
+    """What was not sent is in the run folder, whole."""
+    server = WandbServer()
+    for name, value in server.environment.items():
+        private_wandb.setenv(name, value)
+    log_metrics = GuardedLogger.log_metrics
+
+    def then_gone(self: Any, *args: Any, **kwargs: Any) -> None:
+        log_metrics(self, *args, **kwargs)
+        server.close()
+
+    private_wandb.setattr(GuardedLogger, "log_metrics", then_gone)
+    words = [*small, "logger=wandb", "logger.wandb.finish_timeout=3", "peft=lora_r4"]
+    begun = time.monotonic()
+    train(compose("train", words), tmp_path / "run")
+    assert time.monotonic() - begun < 60
+    assert read_run(tmp_path / "run").status == "completed"
+    [sent] = server.runs.values()
+    assert sent.exit_code is None
+    found = read_wandb(tmp_path / "run", "run-*")
+    accuracy = read_run(tmp_path / "run").metrics["test"]["accuracy"]
+    assert found["history"][-1]["final/test/accuracy"] == accuracy
+    assert found["exit_code"] == 0
 
 
 @pytest.mark.parametrize("moment", ["start", "in the middle", "end"])

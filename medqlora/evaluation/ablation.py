@@ -412,7 +412,7 @@ def storage(config: Mapping[str, Any]) -> str:
     """
     quant = config.get("quant") or {}
     code = str(quant.get("data_type", "unknown"))
-    return _UNQUANTISED.get(quant.get("compute_dtype"), "16 bit") if code == "none" else code
+    return _UNQUANTISED.get(str(quant.get("compute_dtype")), "16 bit") if code == "none" else code
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:
