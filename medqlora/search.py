@@ -13,6 +13,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -224,7 +225,12 @@ def _distribution(override: Override) -> BaseDistribution:
 
 
 def storage_url(storage: str | None, folder: Path) -> str:
-    """The URL of a storage: the one given, or SQLite in the folder of the sweep."""
+    """The URL of a storage: the one given, or SQLite in the folder of the sweep.
+
+    `postgresql://` means psycopg 3 where its predecessor is not installed.
+    """
+    if storage and storage.startswith("postgresql://") and not find_spec("psycopg2"):
+        return storage.replace("postgresql://", "postgresql+psycopg://", 1)
     return storage or f"sqlite:///{folder.resolve() / 'optuna.db'}"
 
 
@@ -271,8 +277,8 @@ def open_study(
         raise ConfigError(
             f"the storage {_without_password(url)} of the search cannot be used "
             f"({type(error).__name__}: {_first_line(error)}). Check hydra.sweeper.storage: null is "
-            "a file in the folder of the sweep, postgresql+psycopg://user:password@host/database "
-            "needs the package psycopg."
+            "a file in the folder of the sweep, postgresql://user:password@host/database needs pip "
+            "install 'medqlora[postgresql]'."
         ) from None
 
 

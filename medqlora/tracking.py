@@ -154,8 +154,8 @@ def check_loggers(options: Mapping[str, Any]) -> None:
     for name, packages in _PACKAGES.items():
         if options.get(name) and not any(importlib.util.find_spec(p) for p in packages):
             raise ConfigError(
-                f"logger={name} needs the package {packages[0]}, which is not installed. Type `pip "
-                f"install {packages[0]}`, or choose logger=csv."
+                f"logger={name} needs the package {packages[0]}, which is not installed. Type pip "
+                f"install 'medqlora[{name}]', or choose logger=csv."
             )
 
 

@@ -105,6 +105,16 @@ def test_the_named_search_can_be_composed():
         assert cfg.callbacks.checkpoints.monitor == "val/loss"
 
 
+def test_an_address_of_postgresql_means_the_driver_that_is_installed(monkeypatch):
+    """Psycopg 3 has another name in SQLAlchemy than its predecessor."""
+    url, there = "postgresql://me@host/search", {"psycopg2"}
+    monkeypatch.setattr(search, "find_spec", lambda name: name in there)
+    assert search.storage_url(url, Path()) == url
+    there.clear()
+    assert search.storage_url(url, Path()) == "postgresql+psycopg://me@host/search"
+    assert search.storage_url(None, Path("/a")) == "sqlite:////a/optuna.db"
+
+
 # --- a real search --------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from medqlora import train as train_verb
 from medqlora.config import CONFIG_DIR, compose
 from medqlora.data import datamodule
 from medqlora.entry import sweep_name
-from medqlora.errors import ConfigError
+from medqlora.errors import ConfigError, MedQLoRAError
 from medqlora.evaluation import config_hash, read_predictions, read_run, write_metrics
 from medqlora.finetuning import MCQAModule
 from medqlora.quantization import loading
@@ -458,10 +460,11 @@ def check_sync(sweep: Path, offline: list[dict[str, Any]], home: Path) -> None:
     try:
         for folder in folders:
             subprocess.run(
-                [Path(sys.executable).with_name("wandb"), "sync", folder],
+                [Path(sys.executable).with_name("wandb"), "sync", folder.resolve()],
                 check=True,
                 capture_output=True,
                 timeout=120,
+                cwd=home,
                 env={**os.environ, **server.environment, "HOME": str(home)},
             )
     finally:
@@ -647,7 +650,7 @@ def test_a_logger_is_ended_with_the_exit_code_of_the_run():
 def test_a_logger_whose_package_is_missing_is_refused_before_anything_is_loaded(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     cfg = compose("train", [f"logger={name}"])
-    with pytest.raises(ConfigError, match=f"pip install {name}"):
+    with pytest.raises(ConfigError, match=re.escape(f"pip install 'medqlora[{name}]'")):
         check_loggers(OmegaConf.to_container(cfg.logger))  # type: ignore[arg-type]
 
 
@@ -656,34 +659,51 @@ def test_an_unknown_mode_of_wandb_is_refused():
         check_loggers({"wandb": {"mode": "onlin"}})
 
 
+@pytest.mark.parametrize("ending", ["completed", "failed"])
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
-def test_further_loggers_hold_the_metrics(name, tmp_path, monkeypatch):
-    pytest.importorskip(name, reason=f"{name} is not installed: an optional logger")
-    monkeypatch.chdir(tmp_path)
-    cfg = compose("train", [f"logger={name}"])
-    loggers = pipeline.make(
-        cfg.logger, run_dir=tmp_path, run_config=resolved(cfg), group="g", tags=["quant=nf4"]
-    )
-    for step in range(3):
-        for logger in loggers:
-            logger.log_metrics({"val/accuracy": 0.1 * step}, step)
-    finish_loggers(loggers, 0)
-    if name == "tensorboard":
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_a_run_is_read_back_from_a_further_logger(name, ending, small, tmp_path, monkeypatch):
+    """Its scores at full length, its config, and how it ended."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    words = [*small, f"logger={name}", "peft=lora_r4", "optimizer=adamw"]
 
-        events = EventAccumulator(str(tmp_path / "tensorboard"))
-        events.Reload()
-        values = [event.value for event in events.Scalars("val/accuracy")]
-    else:
-        from mlflow.tracking import MlflowClient
+    def fail(*args: Any) -> Any:
+        raise MedQLoRAError("no answer")
 
-        client = MlflowClient("sqlite:///mlflow.db")
-        [experiment] = [e for e in client.search_experiments() if e.name == "medqlora"]
-        [run] = client.search_runs([experiment.experiment_id])
-        assert (run.info.status, run.data.tags["sweep"]) == ("FINISHED", "g")
-        history = client.get_metric_history(run.info.run_id, "val/accuracy")
-        values = [metric.value for metric in history]
-    assert [math.isclose(v, 0.1 * i, abs_tol=1e-6) for i, v in enumerate(values)] == [True] * 3
+    if ending == "failed":
+        monkeypatch.setattr(pipeline, "score", fail)
+    with nullcontext() if ending == "completed" else pytest.raises(MedQLoRAError):
+        train(compose("train", words), tmp_path / "run")
+    saved = read_run(tmp_path / "run")
+    assert saved.status == ending
+    found = read_tensorboard(tmp_path) if name == "tensorboard" else read_mlflow(tmp_path, ending)
+    for split in ("val", "test"):
+        assert found.get(f"final/{split}/accuracy") == saved.metrics[split]["accuracy"]
+        if ending == "completed":
+            loss = saved.metrics[split]["loss"]
+            assert math.isclose(found[f"final/{split}/loss"], loss, rel_tol=1e-6)
+    assert found["peft/r"] == "4"
+
+
+def read_tensorboard(folder: Path) -> dict[str, Any]:
+    """The last value of each series of a run, and its config."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    series = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    config: Any = OmegaConf.load(folder / "run" / "tensorboard" / "hparams.yaml")
+    return {**series, "peft/r": str(config.peft.r)}
+
+
+def read_mlflow(folder: Path, ending: str) -> dict[str, Any]:
+    """The last value of each series of the only run, and its config."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    [experiment] = [e for e in client.search_experiments() if e.name == "medqlora"]
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == {"completed": "FINISHED", "failed": "FAILED"}[ending]
+    return {**run.data.metrics, **run.data.params}
 
 
 def test_without_options_there_is_the_csv_file_alone(tmp_path):
