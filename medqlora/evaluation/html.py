@@ -438,7 +438,7 @@ def _parallel(page: _Page, trials: Sequence[Trial]) -> str:
             axes.text(axes.px(x) + 4, axes.py(place) + 4, text[:14], "start", "soft")
     return (
         f'<figure class="wide"><h3>Every trial</h3>{axes.svg("parallel coordinates")}'
-        "<figcaption>A line a trial; the better, the darker. It leads to its run."
+        "<figcaption>A line a trial; the better, the stronger. It leads to its run."
         "</figcaption></figure>"
     )
 

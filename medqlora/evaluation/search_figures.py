@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from medqlora.evaluation.ablation import Ablation, Entry
-from medqlora.evaluation.figures import COLOURS, _figure
+from medqlora.evaluation.figures import COLOURS, RIM, _figure
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,14 @@ def parallel_figure(trials: Sequence[Trial]) -> Figure:
     for x, axis in enumerate(axes):
         plot.axvline(x, color="black", linewidth=0.8)
         for place, text in axis.ticks:
-            plot.annotate(text, (x, place), (3, 0), textcoords="offset points", fontsize=7)
+            plot.annotate(
+                text,
+                (x, place),
+                (3, 0),
+                textcoords="offset points",
+                fontsize=7,
+                path_effects=[RIM],
+            )
     plot.set_xticks(range(len(axes)), [axis.name for axis in axes], fontsize=8)
     plot.set_yticks([])
     plot.set_xlim(-0.1, len(axes) - 0.6)

@@ -20,6 +20,7 @@ from medqlora.evaluation.figures import (
     COLOURS,
     LINES,
     MARKERS,
+    RIM,
     _baseline,
     _figure,
     _legend_below,
@@ -193,7 +194,8 @@ def _label_points(figure: Figure, axes: Axes, shown: Sequence[tuple[float, Setti
     for place, (_, setting) in zip(label_places(points, widths, bounds), shown, strict=True):
         if place is not None:
             x, y = axes.transData.inverted().transform((place[0], height - place[1]))
-            axes.text(x, y, setting.name, fontsize=7, ha="right" if place[2] else "left")
+            ha = "right" if place[2] else "left"
+            axes.text(x, y, setting.name, fontsize=7, ha=ha, path_effects=[RIM])
 
 
 def learning_figure(
