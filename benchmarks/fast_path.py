@@ -7,8 +7,9 @@
 A random Gemma-2B (18 layers, width 2048, random weights: speed and memory are real, loss means
 nothing), NF4 with double quantisation, LoRA r=16 on the seven linears, float32 adapter weights,
 loss on the four letters, AdamW (fused). `lengths.txt` holds one question length in tokens a line.
-Rows are filled in random order until the next question does not fit. Each line `RESULT {json}` is
-the mean of 20 steps after 4.
+Rows are filled in random order until the next question does not fit; the first 3 tokens of every
+question are shared (`prefix=0`: each has its own). Each line `RESULT {json}` is the mean of 20
+steps after 4.
 """
 
 from __future__ import annotations
@@ -89,23 +90,26 @@ def make_model(num_layers: int, vocab_size: int) -> nn.Module:
     return adapted
 
 
-def make_rows(lengths: np.ndarray, token_budget: int, count: int, seed: int) -> list[PackedBatch]:
-    """Packed rows of random tokens on the GPU."""
+def make_rows(
+    lengths: np.ndarray, token_budget: int, count: int, seed: int, prefix: int = 0
+) -> list[PackedBatch]:
+    """Packed rows of random tokens on the GPU, whose questions share `prefix` tokens."""
     generator = np.random.default_rng(seed)
-    lengths = generator.permutation(lengths)
+    lengths = generator.permutation(lengths) - prefix
     places, taken, rows = int(token_budget / lengths.mean() * 1.3) + 8, 0, []
     for _ in range(count):
         row: list[int] = []
-        while sum(row) + lengths[taken % len(lengths)] <= token_budget:
+        while prefix + sum(row) + lengths[taken % len(lengths)] <= token_budget:
             row.append(int(lengths[taken % len(lengths)]))
             taken += 1
-        number, total = len(row), sum(row)
+        number, total = len(row), prefix + sum(row)
         boundaries = np.full(places + 1, total, dtype=np.int32)
-        boundaries[: number + 1] = np.concatenate([[0], np.cumsum(row)])
+        boundaries[: number + 1] = prefix + np.concatenate([[0], np.cumsum(row)])
         last, answer = np.zeros(places, dtype=np.int64), np.full(places, -100)
-        last[:number] = np.cumsum(row) - 1
+        last[:number] = boundaries[1 : number + 1] - 1
         answer[:number] = generator.integers(0, 4, number)
-        positions = [np.arange(n) for n in row] + [np.zeros(token_budget - total, dtype=np.int64)]
+        positions = [np.arange(prefix), *(prefix + np.arange(n) for n in row)]
+        positions += [np.zeros(token_budget - total, dtype=np.int64)]
         batch = PackedBatch(
             input_ids=torch.from_numpy(generator.integers(5, 5000, token_budget)),
             position_ids=torch.from_numpy(np.concatenate(positions)),
@@ -117,6 +121,7 @@ def make_rows(lengths: np.ndarray, token_budget: int, count: int, seed: int) -> 
             num_questions=number,
             num_tokens=total,
             max_length=MAX_LENGTH,
+            prefix_length=prefix,
         )
         rows.append(batch.to("cuda"))
     return rows
@@ -136,7 +141,7 @@ def check(lengths: np.ndarray) -> None:
     """Print relative differences of hidden states and gradients to the plain layers, 3 layers."""
     model = make_model(num_layers=3, vocab_size=8000)
     assert why_not_fused(model) is None, why_not_fused(model)
-    letters, batch = letter_rows_of(model), make_rows(lengths, 2048, 1, 0)[0]
+    letters, batch = letter_rows_of(model), make_rows(lengths, 2048, 1, 0, prefix=3)[0]
     count = batch.num_questions
 
     def run(hidden_of) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -177,10 +182,11 @@ class Run:
     profile: bool = False
     score: bool = False
     steps: int = 20
+    prefix: int = 3
 
     @classmethod
     def parse(cls, text: str) -> Run:
-        """Read `TOKENS[,float8][,cuda_graphs][,mlp|layers|offload][,dropout=P][,steps=N]...`.
+        """Read `TOKENS[,float8][,cuda_graphs][,mlp|layers|offload][,dropout=P]...`.
 
         `profile` adds the kernels of one step, `score` leaves training out.
         """
@@ -191,8 +197,9 @@ class Run:
                 options["checkpointing"] = word
             elif word.startswith("dropout="):
                 options["dropout"] = float(word.removeprefix("dropout="))
-            elif word.startswith("steps="):
-                options["steps"] = int(word.removeprefix("steps="))
+            elif word.startswith(("steps=", "prefix=")):
+                name, value = word.split("=")
+                options[name] = int(value)
             elif word in ("float8", "cuda_graphs", "profile", "score"):
                 options[word] = True
             else:
@@ -220,7 +227,7 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = nn.Dropout(run.dropout)
     weights = torch.cuda.memory_allocated() / 1e9
-    rows = make_rows(lengths, run.tokens, WARMUP + run.steps, 1)
+    rows = make_rows(lengths, run.tokens, WARMUP + run.steps, 1, run.prefix)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     fast = FusedBackbone(

@@ -45,15 +45,18 @@ class Question:
 class PackedBatch:
     """One row of exactly `token_budget` tokens: questions end to end, then padding.
 
-    Every row of a run has the same shapes, so that one compilation serves all of them. Padding
+    Every row of a run has the same shapes, so that one compilation serves all of them. The tokens
+    with which all questions begin may stand at the front of the row once, instead of before each:
+    every question goes on from them, sees them, and counts its positions on from theirs. Padding
     after the last question has token 0 and position 0 and lies behind `cu_seqlens[-1]` of the real
     questions; no real token attends to it.
 
     Attributes:
-        input_ids: Tokens of the questions, each starting with one BOS.
-        position_ids: Position of a token within its own question.
-        cu_seqlens: Start of each question, then the end of the last one, repeated up to the fixed
-            length: question `i` is `input_ids[cu_seqlens[i] : cu_seqlens[i + 1]]`. int32.
+        input_ids: The `prefix_length` shared tokens, then what follows them in each question.
+        position_ids: Position of a token within its own question, shared tokens counted.
+        cu_seqlens: Start of each question behind the shared tokens, then the end of the last one,
+            repeated up to the fixed length: question `i` is `input_ids[:prefix_length]`, then
+            `input_ids[cu_seqlens[i] : cu_seqlens[i + 1]]`. int32.
         last: Index of the last prompt token of each question, whose next token is the answer
             letter; 0
             in an empty place.
@@ -61,8 +64,10 @@ class PackedBatch:
         index: Row number of the question within its split; -1 in an empty place.
         labels: Next token to learn at each position, -100 elsewhere; only for `loss=explanation`.
         num_questions: Questions in the row.
-        num_tokens: Tokens of those questions; the rest of the row is padding.
+        num_tokens: Tokens of those questions, shared ones once; the rest of the row is padding.
         max_length: Upper bound of a question's length in tokens, the same for every row of the run.
+        prefix_length: Tokens at the front of the row that all its questions share; 0 where each
+            question stands for itself.
     """
 
     input_ids: Int[Tensor, " token"]
@@ -75,6 +80,12 @@ class PackedBatch:
     num_questions: int
     num_tokens: int
     max_length: int
+    prefix_length: int = 0
+
+    def question(self, place: int) -> Int[Tensor, " token"]:
+        """Tokens of the question in a place, shared ones in front."""
+        start, end = self.cu_seqlens[place], self.cu_seqlens[place + 1]
+        return torch.cat([self.input_ids[: self.prefix_length], self.input_ids[start:end]])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The same row on `device`; copies from pinned memory overlap with computation."""

@@ -1,4 +1,4 @@
-"""Attention over a packed row: each question sees itself only.
+"""Attention over a packed row: each question sees itself, and the tokens that all of them share.
 
 On CUDA in 16 bit this is `torch.nn.attention.varlen.varlen_attn`; elsewhere the questions are laid
 out as a padded batch for `scaled_dot_product_attention` and put back. Both hide behind one name in
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -82,16 +82,19 @@ def packed_attention(
     cu_seqlens: Int[Tensor, " boundary"],
     max_length: int,
     scale: float | None = None,
+    prefix_length: int = 0,
 ) -> Float[Tensor, "token head width"]:
-    """Causal attention within each question of a packed row.
+    """Causal attention within each question of a packed row, and to the tokens all of them share.
 
     Args:
         query: Queries of all tokens.
         key: Keys; each is shared by `head / kv_head` query heads.
         value: Values, shared like the keys.
         cu_seqlens: Start of each question, then the end of the last one; int32.
-        max_length: Upper bound of a question's length in tokens.
+        max_length: Upper bound of a question's length in tokens, shared ones counted.
         scale: Factor on the scores; `width ** -0.5` if None.
+        prefix_length: Tokens at the front of the row that every question goes on from; the first
+            question starts behind them.
 
     Returns:
         Attention outputs. Tokens behind the last boundary get zeros, except from the CUDA kernel,
@@ -105,8 +108,8 @@ def packed_attention(
         key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     # The kernel has no float32 version.
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, cu_seqlens, max_length, scale)
-    return _padded(query, key, value, cu_seqlens, scale)
+        return _varlen(query, key, value, cu_seqlens, max_length, scale, prefix_length)
+    return _padded(query, key, value, cu_seqlens, scale, prefix_length)
 
 
 def _varlen(
@@ -116,21 +119,87 @@ def _varlen(
     cu_seqlens: Tensor,
     max_length: int,
     scale: float | None,
+    prefix_length: int,
 ) -> Tensor:
     options = dict(_CAUSAL)
     if scale is not None and "scale" in _VARLEN_PARAMETERS:
         options["scale"] = scale
     elif scale is not None:
         query = query * (scale * query.shape[-1] ** 0.5)
-    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+    cu_keys = cu_seqlens
+    if prefix_length:
+        # The kernel lines the last query up with the last key, so a question's queries see the
+        # shared tokens put before its keys.
+        cu_seqlens = F.pad(cu_seqlens, (1, 0))
+        cu_keys, taken, there = _with_prefix(cu_seqlens, prefix_length, query.shape[0])
+        key, value = (
+            torch.where(there[:, None, None], t.index_select(0, taken), 0.0) for t in (key, value)
+        )
+    out = varlen_attn(query, key, value, cu_seqlens, cu_keys, max_length, max_length, **options)
     assert isinstance(out, Tensor)
     return out
 
 
+def _with_prefix(
+    boundaries: Int[Tensor, " boundary"], prefix_length: int, num_tokens: int
+) -> tuple[Int[Tensor, " boundary"], Int[Tensor, " key"], Bool[Tensor, " key"]]:
+    """A layout of keys in which the shared tokens stand before those of every question.
+
+    Args:
+        boundaries: 0, the start of each question, the ends; they cover the row.
+        prefix_length: Shared tokens, which are the first piece.
+        num_tokens: Tokens of the row.
+
+    Returns:
+        Boundaries of the keys, the token each key is of, and whether there is a key at all: places
+        for empty questions stay unused at the end, and their gradients unwritten.
+    """
+    lengths = boundaries.diff()
+    extra = torch.where(lengths > 0, prefix_length, 0)
+    extra[0] = 0
+    cu_keys = F.pad((lengths + extra).cumsum(0), (1, 0)).to(boundaries.dtype)
+    place = torch.arange(num_tokens + prefix_length * (len(lengths) - 1), device=lengths.device)
+    piece = torch.searchsorted(cu_keys[1:].contiguous(), place, right=True)
+    there = piece < len(lengths)
+    piece = piece.clamp(max=len(lengths) - 1)
+    inside = place - cu_keys[piece]
+    own = boundaries[piece] + inside - extra[piece]
+    return cu_keys, torch.where(there, torch.where(inside < extra[piece], inside, own), 0), there
+
+
 def _padded(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None,
+    prefix_length: int,
 ) -> Tensor:
     """The same through a batch padded on the right, which causal attention never looks at."""
+    if prefix_length:
+        shared, (query, own_key, own_value) = (
+            tuple(t[:prefix_length] for t in (query, key, value)),
+            tuple(t[prefix_length:] for t in (query, key, value)),
+        )
+        q, k, v = (t.transpose(0, 1)[None] for t in shared)
+        of_prefix = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        of_prefix = of_prefix[0].transpose(0, 1)
+        own = _padded_questions(
+            query, own_key, own_value, cu_seqlens - prefix_length, scale, shared[1:]
+        )
+        return torch.cat([of_prefix, own])
+    return _padded_questions(query, key, value, cu_seqlens, scale)
+
+
+def _padded_questions(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None,
+    shared: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Attention of the questions, which all see the shared keys and values as well."""
     lengths = cu_seqlens.diff()
     lengths = lengths[lengths > 0].long()
     num_questions, num_tokens = lengths.numel(), int(lengths.sum())
@@ -144,8 +213,16 @@ def _padded(
         padded = _Place.apply(packed[:num_tokens], place, num_questions * longest)
         return padded.unflatten(0, (num_questions, longest)).transpose(1, 2)
 
+    key, value, mask = lay_out(key), lay_out(value), None
+    if shared:
+        key, value = (
+            torch.cat([t.transpose(0, 1).expand(num_questions, -1, -1, -1), own], dim=2)
+            for t, own in zip(shared, (key, value), strict=True)
+        )
+        mask = torch.ones(longest, key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril(key.shape[2] - longest)
     out = F.scaled_dot_product_attention(
-        lay_out(query), lay_out(key), lay_out(value), is_causal=True, scale=scale
+        lay_out(query), key, value, attn_mask=mask, is_causal=mask is None, scale=scale
     )
     packed = _Take.apply(out.transpose(1, 2).flatten(0, 1), place)
     return F.pad(packed, (0, 0, 0, 0, 0, query.shape[0] - num_tokens))
@@ -192,6 +269,7 @@ def _packed_attention_forward(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
+    prefix_length: int = 0,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "one token head width"], None]:
     if cu_seqlens is None or max_length is None:
@@ -202,7 +280,8 @@ def _packed_attention_forward(
     # An adapter in float32 on some of the projections, such as IA3, widens only those.
     dtype = min((query.dtype, key.dtype, value.dtype), key=lambda dtype: dtype.itemsize)
     query, key, value = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
-    return packed_attention(query, key, value, cu_seqlens, max_length, scaling)[None], None
+    attended = packed_attention(query, key, value, cu_seqlens, max_length, scaling, prefix_length)
+    return attended[None], None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -59,12 +59,15 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "token 
     assert isinstance(embed, nn.Module)
     device = batch.input_ids.device
     cu_seqlens, position_ids, max_length = batch.cu_seqlens, batch.position_ids, batch.max_length
-    inputs, place = embed(batch.input_ids[None]), None
+    inputs, prefix_length, num_virtual = embed(batch.input_ids[None]), batch.prefix_length, 0
     if (prompt := _virtual_tokens(model)) is not None:
-        inputs, position_ids, cu_seqlens, place = _with_virtual_tokens(
-            prompt.to(inputs.dtype), inputs[0], position_ids, cu_seqlens
-        )
-        max_length += prompt.shape[0]
+        # They come before every question, so they are tokens that all questions share.
+        num_virtual = prompt.shape[0]
+        own = torch.arange(num_virtual, device=device).to(position_ids.dtype)
+        inputs = torch.cat([prompt.to(inputs.dtype)[None], inputs], dim=1)
+        position_ids = torch.cat([own, position_ids + num_virtual])
+        cu_seqlens = cu_seqlens + num_virtual
+        max_length, prefix_length = max_length + num_virtual, prefix_length + num_virtual
     if device.type == "cuda":
         cu_seqlens = cover_padding(cu_seqlens, inputs.shape[1], max_length)
     half = inputs.dtype if inputs.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
@@ -78,9 +81,9 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "token 
             use_cache=False,
             cu_seqlens=cu_seqlens,
             max_length=max_length,
+            prefix_length=prefix_length,
         )
-    hidden = output.last_hidden_state[0]
-    return hidden if place is None else hidden.index_select(0, place)
+    return output.last_hidden_state[0, num_virtual:]
 
 
 def _virtual_tokens(model: nn.Module) -> Float[Tensor, "virtual width"] | None:
@@ -89,46 +92,6 @@ def _virtual_tokens(model: nn.Module) -> Float[Tensor, "virtual width"] | None:
     if config is None or not config.is_prompt_learning:
         return None
     return cast(PeftModel, model).get_prompt(batch_size=1)[0]  # type: ignore[index]
-
-
-def _with_virtual_tokens(
-    prompt: Float[Tensor, "virtual width"],
-    inputs: Float[Tensor, "token width"],
-    position_ids: Int[Tensor, " token"],
-    cu_seqlens: Int[Tensor, " boundary"],
-) -> tuple[
-    Float[Tensor, "one longer width"],
-    Int[Tensor, " longer"],
-    Int[Tensor, " boundary"],
-    Int[Tensor, " token"],
-]:
-    """Put a copy of the virtual tokens before every question, also of the empty places.
-
-    Places count as questions whether they are filled or not, so that the shapes stay the same.
-
-    Returns:
-        Embeddings and positions of the longer row, its boundaries, and where each token went.
-    """
-    num_virtual, num_places = prompt.shape[0], cu_seqlens.shape[0] - 1
-    token = torch.arange(inputs.shape[0], device=inputs.device)
-    question = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    place = token + num_virtual * (question.clamp(max=num_places - 1) + 1)
-    shift = num_virtual * torch.arange(num_places + 1, device=inputs.device)
-    longer = (cu_seqlens + shift).to(cu_seqlens.dtype)
-    own = torch.arange(num_virtual, device=inputs.device)
-    virtual = (longer[:-1, None] + own).flatten()
-    total = inputs.shape[0] + num_virtual * num_places
-    embeddings = (
-        inputs.new_zeros(total, inputs.shape[1])
-        .index_copy(0, place, inputs)
-        .index_copy(0, virtual, prompt.repeat(num_places, 1))
-    )
-    positions = (
-        position_ids.new_zeros(total)
-        .index_copy(0, place, position_ids + num_virtual)
-        .index_copy(0, virtual, own.repeat(num_places).to(position_ids.dtype))
-    )
-    return embeddings[None], positions, longer, place
 
 
 def last_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "question width"]:

@@ -14,6 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,7 @@ class Sizes:
         weight_scale: Factor that brings the weights into the range of 8-bit floats; 0 for bfloat16.
         dropout: Share of the inputs of an adapter that are dropped in training.
         keep_weights: Whether a dequantised weight may be kept for the backward pass.
+        prefix_length: Tokens at the front of a row that its questions share.
     """
 
     num_heads: int
@@ -104,6 +106,7 @@ class Sizes:
     weight_scale: float = 0.0
     dropout: float = 0.0
     keep_weights: bool = True
+    prefix_length: int = 0
 
 
 def enable_fused(model: nn.Module, **options: Any) -> None:
@@ -263,24 +266,32 @@ class FusedBackbone:
 
     def _call(self, batch: PackedBatch, keep: Tensor | None) -> Tensor:
         row = Row(batch.input_ids, batch.position_ids, batch.cu_seqlens, keep)
+        forward = partial(
+            self.forward, max_length=batch.max_length, prefix_length=batch.prefix_length
+        )
         if not (self.cuda_graphs and torch.is_grad_enabled() and self._parameters):
-            return self.forward(row, batch.max_length)
+            return forward(row)
         shapes = tuple(None if t is None else tuple(t.shape) for t in row)
-        if shapes not in self._graphs:
-            self._graphs[shapes] = _Graph(self.forward, row, batch.max_length, self._parameters)
-        return self._graphs[shapes](row)
+        kind = shapes, batch.max_length, batch.prefix_length
+        if kind not in self._graphs:
+            self._graphs[kind] = _Graph(forward, row, self._parameters)
+        return self._graphs[kind](row)
 
-    def forward(self, row: Row, max_length: int) -> Float[Tensor, "kept width"]:
+    def forward(
+        self, row: Row, max_length: int, prefix_length: int = 0
+    ) -> Float[Tensor, "kept width"]:
         """Run every layer.
 
         Args:
             row: The tensors of one packed row.
             max_length: Upper bound of a question's length.
+            prefix_length: Tokens at the front of the row that its questions share.
 
         Returns:
             Hidden states after the final norm, of the tokens to keep.
         """
         boundaries = cover_padding(row.cu_seqlens, row.input_ids.shape[0], max_length)
+        boundaries = F.pad(boundaries, (1, 0))
         cosine, sine = self._rotary(max_length, row.position_ids)
         hidden = self._backbone.embed_tokens(row.input_ids[None])[0].to(torch.bfloat16)
         learning = torch.is_grad_enabled()
@@ -288,7 +299,9 @@ class FusedBackbone:
             # One compilation then serves the first layer as well.
             hidden = hidden.detach().requires_grad_()
         training = learning and self._backbone.training
-        sizes = self.sizes if training else replace(self.sizes, dropout=0.0)
+        sizes = replace(self.sizes, prefix_length=prefix_length)
+        if not training:
+            sizes = replace(sizes, dropout=0.0)
         run = self._recomputed if learning and self.gradient_checkpointing else self._run
         for index, layer in enumerate(self.layers):
             keep = row.keep if index == len(self.layers) - 1 else None
@@ -344,15 +357,13 @@ class _Graph:
     Args:
         forward: What is recorded.
         row: A row with the shapes.
-        max_length: Passed to `forward`.
         parameters: Weights whose gradients are wanted.
     """
 
     def __init__(
         self,
-        forward: Callable[[Row, int], Tensor],
+        forward: Callable[[Row], Tensor],
         row: Row,
-        max_length: int,
         parameters: list[nn.Parameter],
     ) -> None:
         self.parameters = parameters
@@ -366,7 +377,7 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and allocates what is allocated once
-                out = forward(self._row, max_length)
+                out = forward(self._row)
                 torch.autograd.grad(out, parameters, torch.zeros_like(out))
                 del out
         torch.cuda.current_stream().wait_stream(stream)
@@ -376,7 +387,7 @@ class _Graph:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # The data loader may copy the next row from its own thread meanwhile.
         with torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
-            self._out = forward(self._row, max_length)
+            self._out = forward(self._row)
         self._grad_out = torch.zeros_like(self._out)
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
             gradients = torch.autograd.grad(self._out, parameters, self._grad_out)
@@ -442,7 +453,7 @@ def decoder_layer(
     Args:
         hidden: Hidden states of all tokens.
         layer: The layer's tensors.
-        boundaries: Start of each question; together they cover the row.
+        boundaries: 0, then the start of each question; together they cover the row.
         cosine: Of each token's rotary angles.
         sine: Likewise.
         keep: Tokens that are needed behind this layer; None for all. Attention still sees all.
@@ -471,7 +482,7 @@ def attention_block(
     key = _rotate(_linear(x, layer.k, sizes.kv_width, sizes.width, sizes), cosine, sine)
     value = _linear(x, layer.v, sizes.kv_width, sizes.width, sizes)
     attended, _ = torch.ops.medqlora.question_attention(
-        query, key, value, boundaries, sizes.num_heads, sizes.head_dim**-0.5
+        query, key, value, boundaries, sizes.num_heads, sizes.head_dim**-0.5, sizes.prefix_length
     )
     if keep is not None:
         hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)

@@ -5,8 +5,6 @@ Imported on CUDA only. Each kernel stands behind a `torch.library` operator, so 
 docstring and tested against plain torch.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -262,6 +260,7 @@ def _attention_forward(
     log_sum,
     boundaries,
     scale,
+    prefix,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -271,6 +270,7 @@ def _attention_forward(
     question, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
+    shared = tl.where(question == 0, 0, prefix)
     width = tl.arange(0, WIDTH)
     q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
     kv_offset = (head // GROUP) * WIDTH
@@ -282,14 +282,15 @@ def _attention_forward(
         maximum = tl.full((BLOCK_Q,), -1e30, tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
         result = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
-        for k0 in range(0, tl.minimum(q0 + BLOCK_Q, length), BLOCK_K):
+        for k0 in range(0, shared + tl.minimum(q0 + BLOCK_Q, length), BLOCK_K):
             k_position = k0 + tl.arange(0, BLOCK_K)
-            k_there = k_position < length
-            k_where = (start + k_position)[:, None] * kv_stride + kv_offset + width[None, :]
+            k_there = k_position < shared + length
+            k_rows = tl.where(k_position < shared, k_position, start + k_position - shared)
+            k_where = k_rows[:, None] * kv_stride + kv_offset + width[None, :]
             k = tl.load(key + k_where, mask=k_there[:, None], other=0.0)
             v = tl.load(value + k_where, mask=k_there[:, None], other=0.0)
             score = tl.dot(q, tl.trans(k)) * scale
-            seen = (k_position[None, :] <= q_position[:, None]) & k_there[None, :]
+            seen = (k_position[None, :] <= shared + q_position[:, None]) & k_there[None, :]
             score = tl.where(seen, score, -1e30)
             new_maximum = tl.maximum(maximum, tl.max(score, 1))
             probability = tl.where(seen, tl.exp(score - new_maximum[:, None]), 0.0)
@@ -316,6 +317,7 @@ def _attention_backward_query(
     grad_query,
     boundaries,
     scale,
+    prefix,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -325,6 +327,7 @@ def _attention_backward_query(
     question, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
+    shared = tl.where(question == 0, 0, prefix)
     width = tl.arange(0, WIDTH)
     q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
     kv_offset = (head // GROUP) * WIDTH
@@ -340,14 +343,15 @@ def _attention_backward_query(
         q = tl.load(query + q_where, mask=q_there[:, None], other=0.0)
         lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
         grad = tl.zeros((BLOCK_Q, WIDTH), tl.float32)
-        for k0 in range(0, tl.minimum(q0 + BLOCK_Q, length), BLOCK_K):
+        for k0 in range(0, shared + tl.minimum(q0 + BLOCK_Q, length), BLOCK_K):
             k_position = k0 + tl.arange(0, BLOCK_K)
-            k_there = k_position < length
-            k_where = (start + k_position)[:, None] * kv_stride + kv_offset + width[None, :]
+            k_there = k_position < shared + length
+            k_rows = tl.where(k_position < shared, k_position, start + k_position - shared)
+            k_where = k_rows[:, None] * kv_stride + kv_offset + width[None, :]
             k = tl.load(key + k_where, mask=k_there[:, None], other=0.0)
             v = tl.load(value + k_where, mask=k_there[:, None], other=0.0)
             score = tl.dot(q, tl.trans(k)) * scale
-            seen = (k_position[None, :] <= q_position[:, None]) & k_there[None, :]
+            seen = (k_position[None, :] <= shared + q_position[:, None]) & k_there[None, :]
             probability = tl.where(seen, tl.exp(score - lse[:, None]), 0.0)
             slope = probability * (tl.dot(d, tl.trans(v)) - row_delta[:, None]) * scale
             grad += tl.dot(slope.to(tl.bfloat16), k)
@@ -412,18 +416,78 @@ def _attention_backward_key(
         tl.store(grad_value + kv_where, grad_v.to(out_type), mask=k_there[:, None])
 
 
+@triton.jit
+def _attention_backward_prefix(
+    query,
+    key,
+    value,
+    grad_out,
+    log_sum,
+    delta,
+    grad_key,
+    grad_value,
+    scale,
+    prefix,
+    T,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Every token behind the prefix has seen all of it; the sums over chunks of tokens are added up
+    # afterwards.
+    chunk, kv_head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    width = tl.arange(0, WIDTH)
+    q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
+    k_rows = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_there = k_rows < prefix
+    k_where = k_rows[:, None] * kv_stride + kv_head * WIDTH + width[None, :]
+    k = tl.load(key + k_where, mask=k_there[:, None], other=0.0)
+    v = tl.load(value + k_where, mask=k_there[:, None], other=0.0)
+    grad_k = tl.zeros((BLOCK_K, WIDTH), tl.float32)
+    grad_v = tl.zeros((BLOCK_K, WIDTH), tl.float32)
+    for i in range(GROUP):
+        head = kv_head * GROUP + i
+        for q0 in range(0, CHUNK, BLOCK_Q):
+            q_rows = prefix + chunk * CHUNK + q0 + tl.arange(0, BLOCK_Q)
+            q_there = q_rows < T
+            q_where = q_rows[:, None] * q_stride + head * WIDTH + width[None, :]
+            q = tl.load(query + q_where, mask=q_there[:, None], other=0.0)
+            d = tl.load(grad_out + q_where, mask=q_there[:, None], other=0.0)
+            lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
+            row_delta = tl.load(delta + q_rows * HEADS + head, mask=q_there, other=0.0)
+            score = tl.dot(k, tl.trans(q)) * scale
+            seen = k_there[:, None] & q_there[None, :]
+            probability = tl.where(seen, tl.exp(score - lse[None, :]), 0.0)
+            grad_v += tl.dot(probability.to(tl.bfloat16), d)
+            slope = probability * (tl.dot(v, tl.trans(d)) - row_delta[None, :]) * scale
+            grad_k += tl.dot(slope.to(tl.bfloat16), q)
+    kv_where = chunk * prefix * kv_stride + k_where
+    tl.store(grad_key + kv_where, grad_k, mask=k_there[:, None])
+    tl.store(grad_value + kv_where, grad_v, mask=k_there[:, None])
+
+
 FORWARD = {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
 BACKWARD_QUERY = {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
 BACKWARD_KEY = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+BACKWARD_PREFIX = {"BLOCK_Q": 32, "BLOCK_K": 16, "CHUNK": 128, "num_warps": 4, "num_stages": 1}
 PARTS = 4
 """Tile sizes that were the fastest on an H200 for heads of 256 (`benchmarks/tune_attention.py`)."""
 
 
 @torch.library.custom_op("medqlora::question_attention", mutates_args=())
 def question_attention(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, num_heads: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    num_heads: int,
+    scale: float,
+    prefix: int,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention within each question of a packed row.
+    """Causal attention within each question of a packed row, and to the tokens all of them share.
 
     Reads the projections as they come out of their matrix products: nothing is transposed and no
     key head is repeated. Made for questions of tens to hundreds of tokens: one program takes a
@@ -433,10 +497,12 @@ def question_attention(
         query: (token, num_heads * width), bfloat16.
         key: (token, kv_head * width).
         value: (token, kv_head * width).
-        boundaries: Start of each question, then the end of the last, repeated; int32. Together they
-            must cover every token.
+        boundaries: 0, the start of each question, then the end of the last, repeated; int32.
+            Together they must cover every token.
         num_heads: Query heads.
         scale: Factor on the scores.
+        prefix: Tokens at the beginning of the row that every question goes on from, which are the
+            first piece within `boundaries`.
 
     Returns:
         The attention output, (token, num_heads * width), and the log-sum-exp of the scores,
@@ -455,6 +521,7 @@ def question_attention(
         log_sum,
         boundaries,
         scale,
+        prefix,
         HEADS=num_heads,
         GROUP=query.shape[1] // key.shape[1],
         WIDTH=query.shape[1] // num_heads,
@@ -464,7 +531,7 @@ def question_attention(
 
 
 @question_attention.register_fake
-def _(query, key, value, boundaries, num_heads, scale):
+def _(query, key, value, boundaries, num_heads, scale, prefix):
     log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
     return torch.empty_like(query), log_sum
 
@@ -480,6 +547,7 @@ def question_attention_backward(
     boundaries: Tensor,
     num_heads: int,
     scale: float,
+    prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `question_attention` for query, key and value, summed in a fixed order."""
     grad_query = torch.empty_like(query)
@@ -500,6 +568,7 @@ def question_attention_backward(
         grad_query,
         boundaries,
         scale,
+        prefix,
         HEADS=num_heads,
         GROUP=group,
         WIDTH=width,
@@ -523,26 +592,51 @@ def question_attention_backward(
         WIDTH=width,
         **BACKWARD_KEY,
     )
-    return grad_query, grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+    grad_key, grad_value = grad_key.sum(0), grad_value.sum(0)
+    if prefix:
+        chunks = triton.cdiv(query.shape[0] - prefix, BACKWARD_PREFIX["CHUNK"])
+        shape = (chunks, prefix, key.shape[1])
+        from_all = torch.empty((2, *shape), dtype=torch.float32, device=key.device)
+        tiles = triton.cdiv(prefix, BACKWARD_PREFIX["BLOCK_K"])
+        _attention_backward_prefix[(chunks, num_heads // group, tiles)](
+            query,
+            key,
+            value,
+            grad_out,
+            log_sum,
+            delta,
+            from_all[0],
+            from_all[1],
+            scale,
+            prefix,
+            query.shape[0],
+            HEADS=num_heads,
+            GROUP=group,
+            WIDTH=width,
+            **BACKWARD_PREFIX,
+        )
+        grad_key[:prefix] += from_all[0].sum(0)
+        grad_value[:prefix] += from_all[1].sum(0)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 @question_attention_backward.register_fake
-def _(grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale):
+def _(grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale, prefix):
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _keep(ctx, inputs, output):
-    query, key, value, boundaries, num_heads, scale = inputs
+    query, key, value, boundaries, *fixed = inputs
     ctx.save_for_backward(query, key, value, *output, boundaries)
-    ctx.num_heads, ctx.scale = num_heads, scale
+    ctx.fixed = fixed
 
 
 def _attention_gradient(ctx, grad_out, grad_log_sum):
     *saved, boundaries = ctx.saved_tensors
     grads = torch.ops.medqlora.question_attention_backward(
-        grad_out.contiguous(), *saved, boundaries, ctx.num_heads, ctx.scale
+        grad_out.contiguous(), *saved, boundaries, *ctx.fixed
     )
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 question_attention.register_autograd(_attention_gradient, setup_context=_keep)

@@ -81,7 +81,8 @@ class OptionShuffle:
         other = tokenize_questions(moved, self.prompt, self.encoder, limit=self.limit)
         starts = row.cu_seqlens[: row.num_questions + 1].tolist()
         for place, (start, end) in enumerate(pairwise(starts)):
-            tokens = other.tokens[other.offsets[place] : other.offsets[place + 1]]
+            first = other.offsets[place] + row.prefix_length
+            tokens = other.tokens[first : other.offsets[place + 1]]
             if len(tokens) == end - start:
                 input_ids[start:end] = torch.from_numpy(tokens)
                 if other.answer[place] >= 0:

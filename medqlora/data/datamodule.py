@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Int32
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +36,7 @@ from medqlora.data.tokenization import (
     TextEncoder,
     TokenizedQuestions,
     letter_ids,
+    shared_prefix,
     tokenize_questions,
 )
 from medqlora.errors import CheckpointError, ConfigError, DataError
@@ -90,6 +91,8 @@ class MedMCQADataModule(LightningDataModule):
         drop: Names of audit findings whose rows are left out of every split.
         decontaminate: Whether training questions that all but repeat a val or test question are
             left out.
+        share_prefix: Whether the tokens with which all prompts begin stand in a row once instead of
+            before each question: the same answers for less.
         shuffle_options: Whether each epoch shows the options of a training question in another
             order; see `OptionShuffle`.
         targets: "answer", or "explanation" to append answer and explanation to training questions.
@@ -141,6 +144,7 @@ class MedMCQADataModule(LightningDataModule):
         ignore_columns: Sequence[str] = (),
         drop: Sequence[str] = (),
         decontaminate: bool = False,
+        share_prefix: bool = True,
         shuffle_options: bool = False,
         targets: Literal["answer", "explanation"] = "answer",
         num_workers: int = 0,
@@ -177,6 +181,7 @@ class MedMCQADataModule(LightningDataModule):
         self.ignore_columns = tuple(ignore_columns)
         self.drop = tuple(drop)
         self.decontaminate = decontaminate
+        self.share_prefix = share_prefix
         self.shuffle_options = shuffle_options
         self.targets = targets
         self.num_workers = num_workers
@@ -200,6 +205,7 @@ class MedMCQADataModule(LightningDataModule):
         self._plans: dict[str, RowPlan] = {}
         self._train_loader: PackedLoader | None = None
         self._state: dict[str, Any] | None = None
+        self._prefix: Int32[np.ndarray, " shared"] = np.zeros(0, dtype=np.int32)
         self._mean_length = 0.0
 
     # --- reading ----------------------------------------------------------------------------------
@@ -582,8 +588,22 @@ class MedMCQADataModule(LightningDataModule):
     def _fix_shapes(self) -> None:
         self.max_length = min(64 * -(-self.longest // 64), self.token_budget)
         # The split with the shortest questions puts most of them into a row.
-        self._mean_length = min(float(tokens.lengths.mean()) for tokens in self._tokenized.values())
+        self._mean_length = min(
+            float(tokens.lengths.mean()) - self._prefix_length(tokens)
+            for tokens in self._tokenized.values()
+        )
         self.max_questions = max_questions_of(self._mean_length, self.token_budget)
+
+    def _prefix_length(self, tokenized: TokenizedQuestions) -> int:
+        """Tokens that stand once in each row of these questions."""
+        return tokenized.num_shared(self._prefix)
+
+    def _rows(self, tokenized: TokenizedQuestions, token_budget: int, **options: Any) -> RowPlan:
+        """Which of these questions share a row."""
+        shared = self._prefix_length(tokenized)
+        mean = self._mean_length or float(tokenized.lengths.mean()) - shared
+        places = max_questions_of(mean, token_budget)
+        return RowPlan(tokenized.lengths - shared, token_budget - shared, places, **options)
 
     def _world(self) -> tuple[int, int]:
         """Rank and number of processes."""
@@ -604,10 +624,9 @@ class MedMCQADataModule(LightningDataModule):
         plan = self._plans.get(split)
         if plan is None or plan.num_rows % world_size:
             budget = self._budget_of(split)
-            plan = RowPlan(
-                self._tokenized[split].lengths,
+            plan = self._rows(
+                self._tokenized[split],
                 budget,
-                max_questions_of(self._mean_length, budget),
                 seed=self.seed,
                 shuffle=split == "train",
                 world_size=world_size,
@@ -623,10 +642,12 @@ class MedMCQADataModule(LightningDataModule):
         """
         plan = self._plan(split)
         if split == "train":
-            budget = self.eval_token_budget
-            places = max_questions_of(self._mean_length, budget)
-            lengths = self._tokenized[split].lengths
-            plan = RowPlan(lengths, budget, places, shuffle=False, world_size=self._world()[1])
+            plan = self._rows(
+                self._tokenized[split],
+                self.eval_token_budget,
+                shuffle=False,
+                world_size=self._world()[1],
+            )
         return self._loader(split, plan, self.eval_token_budget)
 
     def prepare_letters(self, num_options: int = 4) -> None:
@@ -637,6 +658,8 @@ class MedMCQADataModule(LightningDataModule):
         """
         self.num_options = num_options
         self.letter_ids = letter_ids(self.tokenizer, self.prompt, num_options)
+        if self.share_prefix:
+            self._prefix = shared_prefix(self.prompt, TextEncoder(self.tokenizer), num_options)
 
     def pack(self, questions: Sequence[Question]) -> Iterator[PackedBatch]:
         """Rows of questions that belong to no split, in the shapes of scoring.
@@ -668,15 +691,16 @@ class MedMCQADataModule(LightningDataModule):
                 self.limit,
             )
         budget = self.eval_token_budget
-        places = max_questions_of(self._mean_length or float(tokenized.lengths.mean()), budget)
+        plan = self._rows(tokenized, budget, shuffle=False)
         longest = max(self.max_length, 64 * -(-int(tokenized.lengths.max()) // 64))
-        for members in RowPlan(tokenized.lengths, budget, places, shuffle=False).rows(0):
+        for members in plan.rows(0):
             yield build_row(
                 tokenized,
                 members,
                 token_budget=budget,
-                max_questions=places,
+                max_questions=plan.max_questions,
                 max_length=min(longest, budget),
+                prefix_length=self._prefix_length(tokenized),
             )
 
     def _loader(
@@ -694,9 +718,10 @@ class MedMCQADataModule(LightningDataModule):
             build_row,
             self._tokenized[split],
             token_budget=token_budget,
-            max_questions=max_questions_of(self._mean_length, token_budget),
+            max_questions=plan.max_questions,
             max_length=self.max_length,
             with_labels=with_labels,
+            prefix_length=self._prefix_length(self._tokenized[split]),
         )
         pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
         return PackedLoader(

@@ -166,6 +166,7 @@ class RowPlan:
     the questions.
 
     Attributes:
+        max_questions: Places of a row.
         num_rows: Rows an epoch over all ranks, a multiple of `world_size`.
     """
 
@@ -181,7 +182,7 @@ class RowPlan:
     ) -> None:
         self._lengths = lengths
         self._token_budget = token_budget
-        self._max_questions = max_questions
+        self.max_questions = max_questions
         self._seed = seed
         self._shuffle = shuffle
         self._kept: tuple[int, Rows] | None = None
@@ -224,7 +225,7 @@ class RowPlan:
             order = generator.permutation(len(self._lengths))
         else:
             order = np.arange(len(self._lengths))
-        return pack(self._lengths, order, self._token_budget, self._max_questions)
+        return pack(self._lengths, order, self._token_budget, self.max_questions)
 
 
 def build_row(
@@ -235,6 +236,7 @@ def build_row(
     max_questions: int,
     max_length: int,
     with_labels: bool = False,
+    prefix_length: int = 0,
 ) -> PackedBatch:
     """Lay questions end to end in one row of fixed shapes.
 
@@ -245,24 +247,30 @@ def build_row(
         max_questions: Places of the row.
         max_length: Upper bound of a question's tokens, passed through.
         with_labels: Whether the tokens after each prompt are labels to learn.
+        prefix_length: Tokens with which all questions of `tokenized` begin; they go to the front of
+            the row, once.
 
     Returns:
         The row; see `PackedBatch` for its padding.
     """
-    starts = tokenized.offsets[members]
+    starts = tokenized.offsets[members] + prefix_length
     lengths = tokenized.offsets[members + 1] - starts
-    number, total = len(members), int(lengths.sum())
-    ends = np.cumsum(lengths)
+    number, total = len(members), prefix_length + int(lengths.sum())
+    ends = prefix_length + np.cumsum(lengths)
     begins = ends - lengths
-    inside = np.arange(total, dtype=np.int64) - np.repeat(begins, lengths)
+    inside = np.arange(prefix_length, total, dtype=np.int64) - np.repeat(begins, lengths)
 
     input_ids = np.zeros(token_budget, dtype=np.int64)
-    input_ids[:total] = tokenized.tokens[inside + np.repeat(starts, lengths)]
     position_ids = np.zeros(token_budget, dtype=np.int64)
-    position_ids[:total] = inside
+    if number:
+        first = tokenized.offsets[members[0]]
+        input_ids[:prefix_length] = tokenized.tokens[first : first + prefix_length]
+    input_ids[prefix_length:total] = tokenized.tokens[inside + np.repeat(starts, lengths)]
+    position_ids[:prefix_length] = np.arange(prefix_length)
+    position_ids[prefix_length:total] = prefix_length + inside
     cu_seqlens = np.full(max_questions + 1, total, dtype=np.int32)
     cu_seqlens[:number] = begins
-    prompt_lengths = tokenized.prompt_lengths[members]
+    prompt_lengths = tokenized.prompt_lengths[members] - prefix_length
     last = np.zeros(max_questions, dtype=np.int64)
     last[:number] = begins + prompt_lengths - 1
     answer = np.full(max_questions, IGNORE, dtype=np.int64)
@@ -277,7 +285,7 @@ def build_row(
         learns = (inside >= np.repeat(prompt_lengths - 1, lengths)) & (
             inside < np.repeat(lengths - 1, lengths)
         )
-        where = np.flatnonzero(learns)
+        where = prefix_length + np.flatnonzero(learns)
         labels[where] = input_ids[where + 1]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
@@ -288,8 +296,9 @@ def build_row(
         index=torch.from_numpy(index),
         labels=None if labels is None else torch.from_numpy(labels),
         num_questions=number,
-        num_tokens=total,
+        num_tokens=total if number else 0,
         max_length=max_length,
+        prefix_length=prefix_length,
     )
 
 

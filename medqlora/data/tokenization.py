@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,27 @@ def letter_ids(
     return tuple(ids)
 
 
+PROBE_TEXTS = ("Which?", "a", "0", "(x", "é", "ж", "中", "-", ".", " ", "\n", "")
+"""Stems and subjects whose tokens have no beginning in common."""
+
+
+def shared_prefix(
+    prompt: PromptTemplate, encoder: TextEncoder, num_options: int = 4
+) -> Int32[np.ndarray, " shared"]:
+    """Tokens with which every question begins: BOS, solved examples, what stands before the stem.
+
+    Args:
+        prompt: Template, with its solved questions.
+        encoder: Tokenizer.
+        num_options: Options of a question.
+    """
+    options = tuple("wxyzv"[:num_options])
+    probes = [Question("probe", text, options, 0, subject_name=text) for text in PROBE_TEXTS]
+    encoded = encoder.encode_prompts([prompt.render(probe) for probe in probes])
+    same = takewhile(lambda ids: len(set(ids)) == 1, zip(*encoded, strict=False))
+    return np.array([ids[0] for ids in same], dtype=np.int32)
+
+
 @dataclass(frozen=True)
 class TokenizedQuestions:
     """Token ids of many questions, end to end in flat arrays.
@@ -306,6 +327,15 @@ class TokenizedQuestions:
     def num_cut_explanations(self) -> int:
         """Explanations that were cut."""
         return int(self.explanation_cut.sum())
+
+    def num_shared(self, prefix: Int32[np.ndarray, " shared"]) -> int:
+        """How many tokens of a prefix every question begins with, and goes on behind."""
+        shortest = int(self.prompt_lengths.min()) - 1 if len(self) else 0
+        begins = takewhile(
+            lambda place: (self.tokens[self.offsets[:-1] + place] == prefix[place]).all(),
+            range(min(len(prefix), shortest)),
+        )
+        return sum(1 for _ in begins)
 
     def take(self, rows: Int[np.ndarray, " member"]) -> TokenizedQuestions:
         """The questions of some rows, in the order of `rows`."""

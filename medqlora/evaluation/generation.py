@@ -114,9 +114,10 @@ def _plain(text: str) -> str:
 def unpack(batch: PackedBatch) -> Iterator[tuple[int, list[int]]]:
     """Row number and prompt tokens of each question of a packed row."""
     tokens, starts = batch.input_ids.tolist(), batch.cu_seqlens.tolist()
+    shared = tokens[: batch.prefix_length]
     for place, index in enumerate(batch.index.tolist()):
         if index >= 0:
-            yield index, tokens[starts[place] : int(batch.last[place]) + 1]
+            yield index, shared + tokens[starts[place] : int(batch.last[place]) + 1]
 
 
 def left_pad(

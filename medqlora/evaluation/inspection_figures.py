@@ -230,6 +230,9 @@ def packing_figure(rows: Sequence[PackedBatch], title: str | None = None) -> Fig
         lengths = np.diff(starts)
         colours = [COLOURS[5] if i % 2 else COLOURS[0] for i in range(len(lengths))]
         axes.barh(line, lengths, 0.72, left=starts[:-1], color=colours, linewidth=0)
+        if row.prefix_length:
+            label = "shared by all questions of the row" if line == 0 else None
+            axes.barh(line, row.prefix_length, 0.72, color=COLOURS[1], linewidth=0, label=label)
         scored = row.last[: row.num_questions].tolist()
         label = "token whose next one is the answer" if line == 0 else None
         axes.plot(scored, [line] * len(scored), "|", color="black", markersize=7, label=label)

@@ -13,16 +13,25 @@ from medqlora.schema import IGNORE, PackedBatch
 LENGTHS = (5, 1, 9, 3)
 
 
-def _pack(questions: list[torch.Tensor], budget: int = 24, places: int = 6, max_length: int = 10):
-    """One row of `budget` tokens with `places` places."""
+def _pack(
+    questions: list[torch.Tensor],
+    budget: int = 24,
+    places: int = 6,
+    max_length: int = 10,
+    prefix: torch.Tensor | None = None,
+):
+    """One row of `budget` tokens with `places` places; every question goes on from the prefix."""
+    prefix = torch.zeros(0, dtype=torch.long) if prefix is None else prefix
+    shared = len(prefix)
     ids = torch.zeros(budget, dtype=torch.long)
     positions = torch.zeros(budget, dtype=torch.long)
-    ends = torch.tensor([len(q) for q in questions]).cumsum(0)
+    ends = shared + torch.tensor([len(q) for q in questions]).cumsum(0)
     total = int(ends[-1])
-    ids[:total] = torch.cat(questions)
-    positions[:total] = torch.cat([torch.arange(len(q)) for q in questions])
+    ids[:total] = torch.cat([prefix, *questions])
+    own = [shared + torch.arange(len(q)) for q in questions]
+    positions[:total] = torch.cat([torch.arange(shared), *own])
     cu = torch.full((places + 1,), total, dtype=torch.int32)
-    cu[0] = 0
+    cu[0] = shared
     cu[1 : len(questions) + 1] = ends
     last = torch.zeros(places, dtype=torch.long)
     last[: len(questions)] = ends - 1
@@ -37,7 +46,8 @@ def _pack(questions: list[torch.Tensor], budget: int = 24, places: int = 6, max_
         labels=None,
         num_questions=len(questions),
         num_tokens=total,
-        max_length=max_length,
+        max_length=max_length + shared,
+        prefix_length=shared,
     )
 
 

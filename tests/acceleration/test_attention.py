@@ -12,6 +12,7 @@ from medqlora.acceleration import (
     packed_attention,
     use_packed_attention,
 )
+from medqlora.acceleration.attention import _with_prefix
 from medqlora.errors import ModelError
 
 CU = torch.tensor([0, 5, 6, 15, 15, 15], dtype=torch.int32)
@@ -80,6 +81,46 @@ def test_covered_padding_leaves_the_questions_alone():
     torch.testing.assert_close(covered[:15], plain[:15])
 
 
+SHARED = torch.tensor([4, 6, 15, 15, 15], dtype=torch.int32)
+
+
+def one_by_one_behind_a_prefix(query, key, value, scale=None):
+    """Four shared tokens, then questions of 2 and 9 that see them; padding gets zeros."""
+    out = torch.zeros_like(query)
+    for start, end, shared in ((0, 4, 0), (4, 6, 4), (6, 15, 4)):
+        q = query[start:end].transpose(0, 1)
+        k, v = (torch.cat([t[:shared], t[start:end]]).transpose(0, 1) for t in (key, value))
+        k, v = (t.repeat_interleave(2, dim=0) for t in (k, v))
+        seen = torch.ones(end - start, shared + end - start, dtype=torch.bool).tril(shared)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        out = torch.cat([out[:start], attended.transpose(0, 1), out[end:]])
+    return out
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_questions_attend_to_the_tokens_they_share(scale):
+    packed, single = qkv(requires_grad=True), qkv(requires_grad=True)
+    out = packed_attention(*packed, SHARED, max_length=13, scale=scale, prefix_length=4)
+    expected = one_by_one_behind_a_prefix(*single, scale)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.linspace(-1, 1, 20 * 4 * 8).view(20, 4, 8)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for ours, theirs in zip(packed, single, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_keys_with_the_shared_ones_in_front_keep_their_order_and_use_no_empty_place():
+    boundaries = F.pad(cover_padding(SHARED, 20, 13), (1, 0))  # 0 4 6 15 15 15 20 20
+    cu_keys, taken, there = _with_prefix(boundaries, 4, 20)
+    assert cu_keys.tolist() == [0, 4, 10, 23, 23, 23, 32, 32]
+    shared = [0, 1, 2, 3]
+    expected = [*shared, *shared, 4, 5, *shared, *range(6, 15), *shared, *range(15, 20)]
+    assert taken[there].tolist() == expected
+    assert not there[len(expected) :].any()
+    assert len(there) == 20 + 4 * (len(boundaries) - 2)
+
+
 def test_an_adapter_that_widens_a_projection_changes_no_attention(tiny_gemma, pack, questions):
     """IA3 scales the keys in float32, while the queries of a 16-bit base stay as they are."""
     model = tiny_gemma.bfloat16()
@@ -115,3 +156,18 @@ def test_the_cuda_kernel_equals_the_padded_layout():
     kernel = packed_attention(query, key, value, covered, max_length=9)
     padded = packed_attention(query.float(), key.float(), value.float(), covered, max_length=9)
     torch.testing.assert_close(kernel.float(), padded, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cuda_kernel_shows_shared_tokens_as_the_padded_layout_does():
+    covered = cover_padding(SHARED.to("cuda"), 20, 13)
+    kernel = [t.detach().to("cuda", torch.bfloat16).requires_grad_() for t in qkv()]
+    padded = [t.detach().float().requires_grad_() for t in kernel]
+    weight = torch.linspace(-1, 1, 20 * 4 * 8, device="cuda").view(20, 4, 8)
+    outs = [packed_attention(*t, covered, max_length=13, prefix_length=4) for t in (kernel, padded)]
+    torch.testing.assert_close(outs[0].float(), outs[1], rtol=2e-2, atol=2e-2)
+    for out in outs:
+        (out.float() * weight)[:15].sum().backward()
+    for ours, theirs in zip(kernel, padded, strict=True):
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=5e-2, atol=5e-2)

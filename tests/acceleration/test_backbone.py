@@ -46,6 +46,43 @@ def test_scores_do_not_depend_on_neighbours_or_place(tiny_gemma, questions, pack
     torch.testing.assert_close(forward, backward.flip(0), rtol=0, atol=1e-5)
 
 
+PREFIX = torch.tensor([2, 7, 5])
+
+
+@pytest.mark.parametrize("checkpointing", [False, "mlp", True])
+def test_shared_tokens_in_front_of_a_row_change_nothing(tiny_gemma, questions, pack, checkpointing):
+    """Neither hidden states nor gradients, beside the same tokens before every question."""
+    whole = [torch.cat([PREFIX, question]) for question in questions]
+    expected = stock_last_hidden(tiny_gemma, whole)
+    use_packed_attention(tiny_gemma)
+    prepare_for_training(tiny_gemma, checkpointing)
+    found = []
+    for row in (pack(whole, budget=40, max_length=12), pack(questions, prefix=PREFIX)):
+        assert [row.question(i).tolist() for i in range(4)] == [q.tolist() for q in whole]
+        tiny_gemma.zero_grad()
+        hidden = last_hidden(tiny_gemma, row)[: len(questions)]
+        hidden.square().sum().backward()
+        grads = {n: p.grad for n, p in tiny_gemma.named_parameters() if p.grad is not None}
+        found.append((hidden.detach(), grads))
+    (apart, grads_apart), (shared, grads_shared) = found
+    torch.testing.assert_close(shared, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(shared, apart, rtol=0, atol=1e-5)
+    for name, grad in grads_apart.items():
+        torch.testing.assert_close(grads_shared[name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_virtual_tokens_and_shared_ones_go_together(tiny_gemma, questions, pack):
+    from peft import PromptTuningConfig, get_peft_model
+
+    use_packed_attention(tiny_gemma)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(tiny_gemma, config)
+    whole = [torch.cat([PREFIX, question]) for question in questions]
+    apart = last_hidden(model, pack(whole, budget=40, max_length=12))
+    shared = last_hidden(model, pack(questions, prefix=PREFIX))
+    torch.testing.assert_close(shared, apart, rtol=0, atol=1e-5)
+
+
 def test_the_output_head_is_never_run(tiny_gemma, questions, pack):
     use_packed_attention(tiny_gemma)
     tiny_gemma.lm_head.register_forward_hook(lambda *args: pytest.fail("the head ran"))

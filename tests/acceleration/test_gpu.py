@@ -74,25 +74,25 @@ def adapted(folder):
     return model
 
 
-def rows(count: int, *, seed: int = 0) -> list[PackedBatch]:
-    """Full rows of questions of 20 to 100 tokens; the first token tells the answer."""
+def rows(count: int, *, seed: int = 0, prefix: int = 0) -> list[PackedBatch]:
+    """Full rows of questions of 20 to 100 tokens; the first one behind what they share tells."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):
         lengths = torch.randint(20, 100, (60,), generator=generator)
-        lengths = lengths[: int((lengths.cumsum(0) <= BUDGET).sum())]
-        number, ends = len(lengths), lengths.cumsum(0)
+        lengths = lengths[: int((prefix + lengths.cumsum(0) <= BUDGET).sum())]
+        number, ends = len(lengths), prefix + lengths.cumsum(0)
         ids = torch.randint(3, VOCABULARY, (BUDGET,), generator=generator)
         places = 64
         boundaries = torch.full((places + 1,), int(ends[-1]), dtype=torch.int32)
-        boundaries[0], boundaries[1 : number + 1] = 0, ends
+        boundaries[0], boundaries[1 : number + 1] = prefix, ends
         last = torch.zeros(places, dtype=torch.long)
         last[:number] = ends - 1
         answer = torch.full((places,), IGNORE)
         answer[:number] = ids[ends - lengths] % 4
-        positions = torch.cat(
-            [torch.arange(n) for n in [*lengths.tolist(), BUDGET - int(ends[-1])]]
-        )
+        own = [prefix + torch.arange(n) for n in lengths.tolist()]
+        rest = torch.arange(BUDGET - int(ends[-1]))
+        positions = torch.cat([torch.arange(prefix), *own, rest])
         found.append(
             PackedBatch(
                 input_ids=ids,
@@ -104,7 +104,8 @@ def rows(count: int, *, seed: int = 0) -> list[PackedBatch]:
                 labels=None,
                 num_questions=number,
                 num_tokens=int(ends[-1]),
-                max_length=128,
+                max_length=128 + prefix,
+                prefix_length=prefix,
             ).to("cuda")
         )
     return found
@@ -146,10 +147,13 @@ def test_the_model_takes_the_fast_path(adapted):
     assert why_not_fused(adapted) is None
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_hidden_states_and_gradients_are_those_of_plain_layers(adapted, name):
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [*((name, 0) for name in FAST), ("eager", 3), ("eager", 40), ("cuda_graphs", 3), ("mlp", 3)],
+)
+def test_hidden_states_and_gradients_are_those_of_plain_layers(adapted, name, prefix):
     """Within bfloat16 rounding in another order: 3 % of the norm, 6 % for the worst gradient."""
-    row = rows(1)[0]
+    row = rows(1, prefix=prefix)[0]
     expected, gradients = run(set_up(adapted, PLAIN), row)
     model = set_up(adapted, FAST[name])
     for _ in range(2):  # a recorded pass must be as good as the pass it was recorded from

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
 from medqlora.config import CONFIG_DIR
-from medqlora.data import MedMCQADataModule, cache
+from medqlora.data import MedMCQADataModule, PromptTemplate, cache
 from medqlora.errors import CheckpointError, ConfigError, DataError
-from tests.data.data_tools import question, raw_row, write_jsonl
+from tests.data.data_tools import HARNESS, question, raw_row, write_jsonl
 
 
 @pytest.mark.parametrize("option", sorted(f.stem for f in (CONFIG_DIR / "data").glob("*.yaml")))
@@ -28,6 +28,32 @@ def test_option_files_build_a_data_module(option, tokenizer, harness):
     assert data.name == option
 
 
+def test_what_all_prompts_begin_with_stands_in_a_row_once(make_data):
+    """With three solved examples in every prompt, most of a row would be copies of them."""
+    few = PromptTemplate(name="few", text=HARNESS, num_shots=3)
+    apart = make_data(num_val=50, prompt=few, token_budget=2048, share_prefix=False)
+    shared = make_data(num_val=50, prompt=few, token_budget=2048)
+    for data in (apart, shared):
+        data.setup()
+    assert apart.letter_ids == shared.letter_ids
+    asked = {}
+    for name, data in (("apart", apart), ("shared", shared)):
+        rows = list(data.val_dataloader())
+        asked[name] = {
+            int(row.index[i]): row.question(i).tolist()
+            for row in rows
+            for i in range(row.num_questions)
+        }
+    assert asked["shared"] == asked["apart"]
+    row = next(iter(shared.val_dataloader()))
+    solved = shared.tokenizer.decode(row.input_ids[: row.prefix_length])
+    assert solved.count("Answer:") == 3
+    assert row.position_ids[row.cu_seqlens[0]] == row.prefix_length
+    assert shared.num_rows("val") < apart.num_rows("val") / 2
+    # A training question that is itself a solved example is shown another one in its place.
+    assert 0 < next(iter(shared.train_dataloader())).prefix_length < row.prefix_length
+
+
 def test_every_question_is_scored_once_with_its_own_answer(make_data):
     data = make_data(num_val=50, eval_token_budget=512)
     data.setup()
@@ -38,8 +64,8 @@ def test_every_question_is_scored_once_with_its_own_answer(make_data):
         assert row.input_ids.shape == (512,)
         for place in range(row.num_questions):
             seen[row.index[place].item()] = row.answer[place].item()
-            start, last = row.cu_seqlens[place], row.last[place]
-            text = data.tokenizer.decode(row.input_ids[start : last + 1])
+            assert row.last[place] == row.cu_seqlens[place + 1] - 1
+            text = data.tokenizer.decode(row.question(place))
             asked = data.questions["val"][row.index[place]]
             assert text == "<bos>" + data.prompt.render(asked)[0]
     assert seen == {i: q.answer for i, q in enumerate(data.questions["val"])}
@@ -52,11 +78,15 @@ def test_all_rows_of_a_run_have_the_same_shapes_and_bounds(make_data):
     assert {tuple(row.input_ids.shape) for row in rows} == {(256,)}
     assert {tuple(row.last.shape) for row in rows} == {(data.max_questions,)}
     assert {row.max_length for row in rows} == {data.max_length}
-    longest = max(int(np.diff(row.cu_seqlens).max()) for row in rows)
+    assert {row.prefix_length for row in rows} == {
+        1 + len(data.tokenizer("Question:", add_special_tokens=False).input_ids)
+    }
+    shared = rows[0].prefix_length
+    longest = shared + max(int(np.diff(row.cu_seqlens).max()) for row in rows)
     assert longest <= data.max_length <= 256
     assert 0 < data.fill_fraction("train") <= 1
-    tokens = sum(row.num_tokens for row in rows[: data.num_rows("train")])
-    assert data.fill_fraction("train") == tokens / (data.num_rows("train") * 256)
+    tokens = sum(row.num_tokens - shared for row in rows[: data.num_rows("train")])
+    assert data.fill_fraction("train") == tokens / (data.num_rows("train") * (256 - shared))
 
 
 def test_lengths_are_those_of_the_tokenised_prompts(make_data):
@@ -155,8 +185,8 @@ def test_questions_of_no_split_are_packed_like_those_of_one(make_data):
             assert row.input_ids.shape == (256,)
             for place in range(row.num_questions):
                 members.append(row.index[place].item())
-                start, last = row.cu_seqlens[place], row.last[place]
-                text = data.tokenizer.decode(row.input_ids[start : last + 1])
+                assert row.last[place] == row.cu_seqlens[place + 1] - 1
+                text = data.tokenizer.decode(row.question(place))
                 assert text == "<bos>" + data.prompt.render(questions[members[-1]])[0]
         assert sorted(members) == list(range(50))
     assert list(bare.pack([])) == []

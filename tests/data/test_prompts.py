@@ -18,6 +18,7 @@ from medqlora.data import (
     load_tokenizer,
     tokenize_questions,
 )
+from medqlora.data.tokenization import shared_prefix
 from medqlora.errors import ConfigError, ModelError
 from medqlora.schema import Question
 from tests.data.data_tools import HARNESS, SHARED, make_tokenizer, question
@@ -117,6 +118,26 @@ def test_text_is_kept_whole_by_its_tokens(tokenizer, harness, asked):
         for p in pieces
     )
     assert raw.decode().replace("▁", " ") == as_text(harness.render(asked)).replace("▁", " ")
+
+
+def _told(asked: Question) -> tuple[str, str]:
+    return asked.stem, asked.subject_name
+
+
+@given(asked=QUESTIONS)
+@MODEST
+def test_every_prompt_begins_with_what_its_template_shares(tokenizer, asked):
+    """Where a stem would merge with what stands before it, the question is packed by itself."""
+    encoder = TextEncoder(tokenizer)
+    for name in PROMPTS:
+        prompt = template(name)
+        shared = shared_prefix(prompt, encoder, len(asked.options))
+        assert shared[0] == tokenizer.bos_token_id
+        tokenized = tokenize_questions([asked], prompt, encoder, limit=100_000)
+        begins = tokenized.tokens[: len(shared)].tolist() == shared.tolist()
+        assert (tokenized.num_shared(shared) == len(shared)) == begins
+        plain = all(text[:1].isascii() and text[:1].isalnum() for text in _told(asked))
+        assert begins or not plain
 
 
 @given(asked=QUESTIONS, limit=st.integers(200, 400))
