@@ -229,7 +229,7 @@ class RunCheckpoints(Checkpoint):
         self,
         directory: str | Path,
         *,
-        every_n_steps: int | None = 100,
+        every_n_steps: int | None = 500,
         monitor: str = "val/accuracy",
         mode: Literal["max", "min"] = "max",
         identity: Mapping[str, Any] | None = None,

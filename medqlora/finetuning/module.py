@@ -123,6 +123,8 @@ class MCQAModule(LightningModule):
         averages are wrong where rows differ (transformers issue 34191). Comes before clipping.
         """
         count = self.window_count
+        if (gather := getattr(optimizer, "gather_gradients", None)) is not None:
+            gather()
         gradients = [
             p.grad
             for group in optimizer.param_groups

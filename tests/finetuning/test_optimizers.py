@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 
 from medqlora.config import CONFIG_DIR
 from medqlora.errors import ConfigError
-from medqlora.finetuning import attach_adapter
+from medqlora.finetuning import attach_adapter, optimizers
 from medqlora.finetuning.optimizers import muon, parameter_groups
 from tests.finetuning.conftest import Rows, option
 
@@ -56,6 +58,52 @@ def test_each_optimiser_takes_two_steps_and_goes_on_after_a_save(
     second.load_state_dict(saved)
     for ours, theirs in zip(step(second), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW32bit", "Lion8bit"])
+def test_joined_tensors_are_updated_as_if_each_stood_alone(name):
+    """Bit for bit; a tensor that would share a block with another stands alone."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 64), (16, 512), (5000,), (16, 8), (64, 128)]
+    start = [torch.randn(*shape, generator=generator) for shape in shapes]
+    ours = [torch.nn.Parameter(t.clone()) for t in start]
+    theirs = [torch.nn.Parameter(t.clone()) for t in start]
+    build = {
+        "AdamW8bit": optimizers.adamw_8bit,
+        "PagedAdamW32bit": optimizers.paged_adamw_32bit,
+        "Lion8bit": optimizers.lion_8bit,
+    }[name]
+    options = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.01}
+    joined = build([(f"{i}.lora_A", p) for i, p in enumerate(ours)], **options)
+    plain = getattr(bitsandbytes.optim, name)(theirs, **options)
+    for group in joined.param_groups:  # vectors do not decay: let them here, as plain does
+        group["weight_decay"] = 0.01
+    assert sum(len(group["params"]) for group in joined.param_groups) == 3
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        joined.step()
+        plain.step()
+        joined.zero_grad()
+        assert all(p.grad is None for p in ours)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_gathered_gradients_are_those_that_the_update_sees():
+    """Clipping acts on the joined gradient, and the parameters' own show it."""
+    parameters = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(3)]
+    named = [(f"{i}.lora_A", p) for i, p in enumerate(parameters)]
+    optimizer: Any = optimizers.adamw_8bit(named, lr=1)
+    for p in parameters:
+        p.grad = torch.full_like(p, 2.0)
+    optimizer.gather_gradients()
+    [whole] = optimizer.param_groups[0]["params"]
+    torch.nn.utils.clip_grad_norm_([whole], 1.0)
+    for p in parameters:
+        assert p.grad is not None
+        assert torch.allclose(p.grad, torch.full_like(p, (3 * 64 * 64) ** -0.5))
 
 
 def test_norms_biases_and_vectors_do_not_decay():
