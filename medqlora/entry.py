@@ -8,6 +8,7 @@ instead.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import os
@@ -83,6 +84,8 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
+            gc.freeze()
+            gc.enable()
             show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             exit_codes: list[int] = []
             process = os.getpid()

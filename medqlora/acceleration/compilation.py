@@ -138,7 +138,7 @@ def accelerate(
         torch.set_num_threads(options.num_threads)
     mode = options.compile_mode(device, token_budget)
     if mode != "none":
-        _keep_variants()
+        _configure_compiler()
     reason = why_not_fused(model) if options.fused != "off" else "acceleration.fused=off"
     if reason is None:
         enable_fused(
@@ -162,8 +162,13 @@ def accelerate(
     return f"plain layers ({reason}), compile={mode}"
 
 
-def _keep_variants() -> None:
+def _configure_compiler() -> None:
     import torch._dynamo
+    import torch._functorch.config
+
+    # Without it, what a gradient of our own is part of would be traced anew at every start.
+    traces: Any = torch._functorch.config
+    traces.autograd_cache_allow_custom_autograd_functions = True
 
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
