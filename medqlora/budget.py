@@ -1,4 +1,4 @@
-"""`data.token_budget=auto`: the longest packed row that a device can train on, found by trying."""
+"""How long a packed row a device can train on: by estimate, and for `auto` by trying."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import try_to_load_from_cache as cached
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
 from medqlora import pipeline
-from medqlora.errors import ConfigError
+from medqlora.acceleration.backbone import Checkpointing
+from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
+from medqlora.errors import ConfigError, ModelError
 from medqlora.evaluation import hardware, versions
 from medqlora.finetuning import MCQAModule, is_out_of_memory
+from medqlora.hub import resolve_path
+from medqlora.quantization import Checkpoint
 from medqlora.runs import free_memory, resolved
 from medqlora.schema import PackedBatch
 
@@ -40,9 +46,10 @@ def with_token_budget(cfg: DictConfig) -> DictConfig:
         cfg: The composed config of `train`.
 
     Raises:
-        ConfigError: If not even the shortest row fits.
+        ConfigError: If not even the shortest row fits, or by estimate not the one asked for.
     """
     if cfg.data.token_budget != "auto":
+        check_memory(cfg)
         return cfg
     pipeline.check(cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[assignment]
@@ -53,40 +60,151 @@ def with_token_budget(cfg: DictConfig) -> DictConfig:
         cfg.data.token_budget = known[key]
         log.info("data.token_budget=auto: %d, found on this device before", known[key])
         return cfg
-    found = largest_that_fits(_Trial(cfg), BUDGETS)
+    found = largest_that_fits(_Trial(cfg), BUDGETS, first=_likely(cfg))
     cfg.data.token_budget = found
     _write_cache({**known, key: found})
     log.info("data.token_budget=auto: %d is the longest row that fits this device", found)
     return cfg
 
 
-def largest_that_fits(trial: Callable[[int], None], budgets: Sequence[int]) -> int:
+def largest_that_fits(
+    trial: Callable[[int], None], budgets: Sequence[int], first: int | None = None
+) -> int:
     """The last of rising budgets whose trial does not run out of memory.
 
     Args:
         trial: Takes a whole training step with a budget; raises where memory does not suffice.
         budgets: In rising order.
+        first: The one to begin with, as a trial takes long: next to it the answer is expected. None
+            for the lowest.
 
     Raises:
         ConfigError: If the first does not fit.
     """
-    found = 0
-    for budget in budgets:
+
+    def fits(budget: int) -> bool:
         try:
             trial(budget)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            break
-        found = budget
+            return False
+        return True
+
+    place = 0 if first is None else budgets.index(first)
+    while place >= 0 and not fits(budgets[place]):
+        free_memory()
+        place -= 1
+    begun_lower = first is not None and place < budgets.index(first)
+    while 0 <= place < len(budgets) - 1 and not begun_lower and fits(budgets[place + 1]):
+        place += 1
     free_memory()
-    if not found:
+    if place < 0:
         raise ConfigError(
             f"data.token_budget=auto found no row that fits: {budgets[0]} tokens are too many for "
             "this device. Set acceleration.gradient_checkpointing=true, choose quant=nf4_full, or "
             "use a larger device."
         )
-    return found
+    return budgets[place]
+
+
+# --- by estimate ----------------------------------------------------------------------------------
+
+
+def estimated_peak(
+    cfg: DictConfig, token_budget: int, gradient_checkpointing: Checkpointing = False
+) -> float:
+    """Estimated peak of training in GB, for the model, storage and adapter of a config.
+
+    Args:
+        cfg: The composed config of `train` or `doctor`.
+        token_budget: Tokens a row.
+        gradient_checkpointing: What is computed again backwards.
+    """
+    quant = pipeline.make(cfg.quant)
+    peft: Any = OmegaConf.to_container(cfg.peft, resolve=True) if cfg.peft else {}
+    is_lora = str(peft.get("_target_", "")).endswith("LoraConfig")
+    embedding = {
+        "bf16": 8.0 * quant.torch_dtype.itemsize,
+        "int8": 8.0,
+        "nf4": 4.127 if quant.embedding_double_quant else 4.5,
+    }[quant.embedding]
+    acceleration = cfg.get("acceleration") or {}
+    fused = torch.cuda.is_available() and quant.is_4bit and acceleration.get("fused") != "off"
+    return estimate_training_memory(
+        model_shape(str(cfg.model.path), cfg.model.get("revision")),
+        token_budget=token_budget,
+        weight_bits=quant.bits,
+        embedding_bits=embedding,
+        r=int(peft.get("r", 16)) if is_lora else 16,
+        compute_bytes=quant.torch_dtype.itemsize,
+        gradient_checkpointing=gradient_checkpointing,
+        fused=fused,
+        float8=fused and bool(acceleration.get("float8")),
+    ).total_gb
+
+
+def check_memory(cfg: DictConfig) -> None:
+    """Refuse a row that by estimate is far beyond what the device has; say what is expected.
+
+    Raises:
+        ConfigError: If the estimate is more than a tenth above the whole memory of the GPU: it is
+            met within a twentieth where it was compared. What is nearer is tried, and rows are
+            halved if that fails.
+    """
+    device = pipeline.device_of(cfg)
+    if device.type != "cuda" or not isinstance(cfg.data.token_budget, int):
+        return
+    pipeline.check(cfg)
+    again = cfg.acceleration.gradient_checkpointing
+    total = torch.cuda.get_device_properties(device).total_memory / 1e9
+    peak = estimated_peak(cfg, cfg.data.token_budget, again)
+    log.info("about %.1f GB of the %.1f GB of this device are expected at the peak", peak, total)
+    if peak <= 1.1 * total:
+        return
+    fitting = [b for b in BUDGETS if estimated_peak(cfg, b, again) <= MEMORY_MARGIN * total]
+    proposals = [f"data.token_budget={fitting[-1]}"] if fitting else []
+    if not again and estimated_peak(cfg, cfg.data.token_budget, True) <= MEMORY_MARGIN * total:
+        proposals.append("acceleration.gradient_checkpointing=true")
+    raise ConfigError(
+        f"data.token_budget={cfg.data.token_budget} would take about {peak:.0f} GB, and this "
+        f"device has {total:.0f} GB. Set {' or '.join(proposals) or 'quant=nf4_full, or use a '}"
+        f"{'' if proposals else 'larger device'}."
+    )
+
+
+def model_shape(path: str, revision: str | None) -> Any:
+    """The model's config where it is on this machine, else the published shape of that name."""
+    if not is_hub_model(path) or isinstance(cached(path, "config.json", revision=revision), str):
+        try:
+            if not is_hub_model(path):
+                return Checkpoint(path).config
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(
+                path, revision=revision or "main", local_files_only=True, trust_remote_code=False
+            )
+        except (ModelError, OSError, ValueError):
+            pass
+    return KNOWN_SHAPES["gemma-7b" if "7b" in path.lower() else "gemma-2b"]
+
+
+def is_hub_model(path: str) -> bool:
+    """Whether `model.path` names a model of the hub, not a folder or a bundled one."""
+    resolved_path = resolve_path(path)
+    local = resolved_path != path or path.startswith((".", "/", "~"))
+    return not local and not Path(path).is_dir()
+
+
+def _likely(cfg: DictConfig) -> int | None:
+    """The longest row that by estimate fits a GPU."""
+    device = pipeline.device_of(cfg)
+    if device.type != "cuda":
+        return None
+    room = MEMORY_MARGIN * torch.cuda.get_device_properties(device).total_memory / 1e9
+    again = cfg.acceleration.gradient_checkpointing
+    fitting = [budget for budget in BUDGETS if estimated_peak(cfg, budget, again) <= room]
+    return fitting[-1] if fitting else None
 
 
 class _Trial:

@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from huggingface_hub import (
@@ -28,7 +28,7 @@ from huggingface_hub import (
     hf_hub_url,
 )
 from huggingface_hub import try_to_load_from_cache as cached
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.box import SIMPLE_HEAD
@@ -37,7 +37,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medqlora import pipeline
-from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
+from medqlora.budget import estimated_peak, is_hub_model
 from medqlora.data.cache import cache_dir
 from medqlora.entry import command, one_line
 from medqlora.errors import DataError, MedQLoRAError, ModelError
@@ -317,11 +317,11 @@ def check_hub(cfg: DictConfig, timeout: float) -> Iterator[Check]:
     """Whether model and data can be had, without downloading them."""
     path, revision = str(cfg.model.path), cfg.model.get("revision")
     hub_name = cfg.data.get("hub")
-    on_hub = _is_hub_model(path) or hub_name is not None
+    on_hub = is_hub_model(path) or hub_name is not None
     reachable, check = _ask_hub(timeout) if on_hub else (False, None)
     if check is not None:
         yield check
-    if _is_hub_model(path):
+    if is_hub_model(path):
         yield _hub_model(path, revision, reachable, timeout)
     else:
         yield _local_model(path)
@@ -329,12 +329,6 @@ def check_hub(cfg: DictConfig, timeout: float) -> Iterator[Check]:
         yield _hub_data(str(hub_name), cfg.data.get("revision"), reachable, timeout)
     else:
         yield from _local_data(cfg.data)
-
-
-def _is_hub_model(path: str) -> bool:
-    resolved = resolve_path(path)
-    local = resolved != path or path.startswith((".", "/", "~"))
-    return not local and not Path(path).is_dir()
 
 
 def _ask_hub(timeout: float) -> tuple[bool, Check]:
@@ -417,7 +411,7 @@ def _local_data(data: DictConfig) -> Iterator[Check]:
 
 def check_disk(cfg: DictConfig) -> Iterator[Check]:
     """Room where runs, downloads and caches go."""
-    needs_model = _is_hub_model(str(cfg.model.path))
+    needs_model = is_hub_model(str(cfg.model.path))
     for name, folder, wanted in (
         ("disk for runs", Path(str(cfg.run_root)), 1.0),
         ("disk for the hub's cache", Path(constants.HF_HUB_CACHE), 6.0 if needs_model else 0.0),
@@ -500,50 +494,12 @@ def memory_rows(cfg: DictConfig) -> tuple[list[tuple[int, float, float]], str, f
         Tokens a row, GB without and GB with gradient checkpointing; the name of the device; the
         memory in GB that a run can have there, None if unknown.
     """
-    quant = pipeline.make(cfg.quant)
-    shape = model_shape(str(cfg.model.path), cfg.model.get("revision"))
     gpu = torch.cuda.is_available()
-    peft = OmegaConf.to_container(cfg.peft, resolve=True) if cfg.peft else {}
-    rank = peft.get("r", 16) if isinstance(peft, dict) else 16
-    embedding = {
-        "bf16": 8.0 * quant.torch_dtype.itemsize,
-        "int8": 8.0,
-        "nf4": 4.127 if quant.embedding_double_quant else 4.5,
-    }[quant.embedding]
-
-    def peak(budget: int, checkpointing: bool) -> float:
-        return estimate_training_memory(
-            shape,
-            token_budget=budget,
-            weight_bits=quant.bits,
-            embedding_bits=embedding,
-            r=int(rank),
-            compute_bytes=quant.torch_dtype.itemsize,
-            gradient_checkpointing=checkpointing,
-            fused=gpu and quant.is_4bit,
-        ).total_gb
-
-    rows = [(budget, peak(budget, False), peak(budget, True)) for budget in BUDGETS]
+    rows = [(b, estimated_peak(cfg, b), estimated_peak(cfg, b, True)) for b in BUDGETS]
     if gpu:
         properties = torch.cuda.get_device_properties(0)
         return rows, properties.name, USABLE * properties.total_memory / 1e9
     return rows, "main memory", main_memory_gb()[1]
-
-
-def model_shape(path: str, revision: str | None) -> Any:
-    """The model's config where it is on this machine, else the published shape of that name."""
-    if not _is_hub_model(path) or isinstance(cached(path, "config.json", revision=revision), str):
-        try:
-            if not _is_hub_model(path):
-                return Checkpoint(path).config
-            from transformers import AutoConfig
-
-            return AutoConfig.from_pretrained(
-                path, revision=revision or "main", local_files_only=True, trust_remote_code=False
-            )
-        except (ModelError, OSError, ValueError):
-            pass
-    return KNOWN_SHAPES["gemma-7b" if "7b" in path.lower() else "gemma-2b"]
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from medqlora import budget
+from medqlora import budget, pipeline
 from medqlora.budget import largest_that_fits, random_row, with_token_budget
 from medqlora.config import compose
 from medqlora.errors import ConfigError
@@ -27,6 +27,65 @@ def test_the_largest_row_that_fits_is_found_and_nothing_beyond_the_first_failure
     trial, tried = device_of(3000)
     assert largest_that_fits(trial, (512, 1024, 2048, 4096, 8192)) == 2048
     assert tried == [512, 1024, 2048, 4096]
+
+
+@pytest.mark.parametrize(
+    ("limit", "first", "expected"),
+    [
+        (3000, 2048, [2048, 4096]),
+        (3000, 1024, [1024, 2048, 4096]),
+        (3000, 8192, [8192, 4096, 2048]),
+        (9000, 8192, [8192]),
+        (600, 1024, [1024, 512]),
+    ],
+)
+def test_the_search_begins_where_the_answer_is_expected(limit, first, expected):
+    trial, tried = device_of(limit)
+    found = largest_that_fits(trial, (512, 1024, 2048, 4096, 8192), first)
+    assert found == max(b for b in (512, 1024, 2048, 4096, 8192) if b <= limit)
+    assert tried == expected
+
+
+class Gpu:
+    """What torch says of a GPU, with its memory in GB."""
+
+    def __init__(self, gb):
+        self.total_memory = gb * 1e9
+        self.name = "made up"
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    def make(gb):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Gpu(gb))
+        monkeypatch.setattr(pipeline, "device_of", lambda cfg: torch.device("cuda"))
+        monkeypatch.setattr(pipeline, "check", lambda cfg: None)
+
+    return make
+
+
+def test_rows_that_cannot_fit_are_refused_before_anything_is_loaded(gpu_of, caplog):
+    cfg = compose("train", ["model.path=/nowhere", "data.token_budget=16384"])
+    gpu_of(24)
+    message = r"41 GB.*has 24 GB\. Set data\.token_budget=4096 or acceleration\.gradient_checkp"
+    with pytest.raises(ConfigError, match=message):
+        with_token_budget(cfg)
+    gpu_of(80)
+    with caplog.at_level("INFO", logger="medqlora"):
+        assert with_token_budget(cfg) is cfg
+    assert "about 40.9 GB of the 80.0 GB" in caplog.text
+
+
+def test_auto_tries_first_what_should_fit(gpu_of, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDQLORA_CACHE", str(tmp_path))
+    trial, tried = device_of(16_384)
+    monkeypatch.setattr(budget, "_Trial", lambda cfg: trial)
+    monkeypatch.setattr(budget, "_key", lambda cfg: "key")
+    gpu_of(80)
+    cfg = compose("train", ["model.path=/nowhere", "data.token_budget=auto"])
+    assert with_token_budget(cfg).data.token_budget == 16_384
+    assert tried == [16_384, 32_768]
 
 
 def test_a_device_on_which_nothing_fits_is_told_what_to_do():

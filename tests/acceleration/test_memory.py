@@ -14,17 +14,39 @@ GEMMA_2B = KNOWN_SHAPES["gemma-2b"]
 
 
 @pytest.mark.parametrize(
-    ("token_budget", "gradient_checkpointing", "measured_gb"),
-    [(16_384, False, 41.4), (1024, True, 3.03)],
+    ("token_budget", "options", "measured_gb"),
+    [
+        (16_384, {}, 41.21),
+        (16_384, {"optimizer_bytes": 8}, 41.37),
+        (16_384, {"float8": True}, 38.0),
+        (2048, {}, 10.64),
+        (2048, {"optimizer_bytes": 8}, 10.71),
+        (2048, {"embedding_bits": 4.127}, 9.86),
+        (1024, {"embedding_bits": 4.127, "gradient_checkpointing": True}, 1.76),
+        (2048, {"weight_bits": 16, "fused": False}, 12.49),
+        (2048, {"weight_bits": 8.06, "fused": False}, 9.99),
+    ],
 )
-def test_measured_peaks_of_one_h200_are_met_within_a_few_percent(
-    token_budget, gradient_checkpointing, measured_gb
-):
-    """Gemma-2B, NF4, LoRA r=16 in float32, fast path; peaks of torch's allocator."""
-    estimate = estimate_training_memory(
-        GEMMA_2B, token_budget=token_budget, gradient_checkpointing=gradient_checkpointing
-    )
-    assert estimate.total_gb == pytest.approx(measured_gb, rel=0.04)
+def test_measured_peaks_are_met_within_a_twentieth(token_budget, options, measured_gb):
+    """Gemma-2B, LoRA r=16 in float32; peaks of torch's allocator on an H200 or H100.
+
+    By `benchmarks/training.py` and `matrix.py` with the paged 8-bit AdamW of the defaults, and with
+    8 bytes a weight by `fast_path.py`, all on 2026-11-27.
+    """
+    estimate = estimate_training_memory(GEMMA_2B, token_budget=token_budget, **options)
+    assert estimate.total_gb == pytest.approx(measured_gb, rel=0.05)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_each_way_of_computing_again_takes_less_than_the_one_before(fused):
+    peaks = [
+        estimate_training_memory(
+            GEMMA_2B, token_budget=8192, gradient_checkpointing=again, fused=fused
+        ).total_gb
+        for again in (False, "mlp", True, "offload")
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 4
 
 
 def test_weights_are_those_of_the_footprint():
@@ -39,7 +61,7 @@ def test_weights_are_those_of_the_footprint():
 def test_an_adapter_is_counted_as_peft_counts_it():
     """LoRA r=16 on the seven linears of Gemma-2B has 19,611,648 weights."""
     estimate = estimate_training_memory(GEMMA_2B, token_budget=1, r=16, adapter_bytes=4)
-    assert estimate.adapter_gb * 1e9 == pytest.approx(2 * 4 * 19_611_648)
+    assert estimate.adapter_gb * 1e9 == pytest.approx(4 * 19_611_648)
     assert estimate.optimizer_gb * 1e9 == pytest.approx(2 * 19_611_648)
     assert estimate_training_memory(GEMMA_2B, token_budget=1, r=0).adapter_gb == 0
 
@@ -63,6 +85,7 @@ def test_more_tokens_take_more_and_checkpointing_takes_less(shape, fused):
     for kept, recomputed in zip(without, light, strict=True):
         assert recomputed.activations_gb < kept.activations_gb / 4
         assert min(dataclasses.astuple(kept)) > 0
+        assert min(dataclasses.astuple(recomputed)) > 0
 
 
 def test_a_config_and_a_mapping_say_the_same():
