@@ -105,6 +105,9 @@ class DriverMemory(threading.Thread):
 
 def run_verb(verb: str, overrides: list[str]) -> None:
     """Run one command in this process and print what the driver saw."""
+    sys.argv = ["-m"]  # as `python -m medqlora.train` does
+    import medqlora  # noqa: F401
+
     memory = DriverMemory()
     sys.argv = [f"medqlora.{verb}", *overrides]
     try:
@@ -138,7 +141,9 @@ def overrides_of(text: str) -> tuple[list[str], dict[str, Any]]:
     return overrides, {"run": text, "tokens": int(tokens)}
 
 
-def run_ours(text: str, verb: str, model: str, files: dict[str, Path]) -> dict[str, Any]:
+def run_ours(
+    text: str, verb: str, model: str, files: dict[str, Path], keep: Path | None
+) -> dict[str, Any]:
     """One whole command of ours; what its metrics.json says, and the driver's memory."""
     overrides, result = overrides_of(text)
     epoch = "epoch" in text.split(",")
@@ -152,7 +157,8 @@ def run_ours(text: str, verb: str, model: str, files: dict[str, Path]) -> dict[s
         common += [f"data.test_file={files['test']}", "evaluate.figures=false", "quant=nf4"]
         overrides = [word for word in overrides if not word.startswith("trainer.max_steps")]
     with tempfile.TemporaryDirectory() as folder:
-        words = [*common, *overrides, f"hydra.run.dir={folder}/run"]
+        run_dir = Path(keep or folder, f"{verb}-{time.strftime('%H-%M-%S')}")
+        words = [*common, *overrides, f"hydra.run.dir={run_dir}"]
         started = time.perf_counter()
         ended = subprocess.run(
             [sys.executable, __file__, "--verb", verb, *words],
@@ -162,7 +168,7 @@ def run_ours(text: str, verb: str, model: str, files: dict[str, Path]) -> dict[s
         result["wall_seconds"] = round(time.perf_counter() - started, 1)
         if ended.returncode:
             return result | {"failed": (ended.stdout + ended.stderr)[-2000:]}
-        metrics = json.loads(Path(folder, "run", "metrics.json").read_text())
+        metrics = json.loads((run_dir / "metrics.json").read_text())
     driver = [line for line in ended.stdout.splitlines() if line.startswith(MEMORY_MARK)]
     result["driver_gb"] = float(driver[-1].removeprefix(MEMORY_MARK))
     section = metrics["train"] if verb == "train" else metrics["scoring"]["test"]
@@ -257,6 +263,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=[], metavar="SCRIPT RUN")
     parser.add_argument("--harness", nargs="*", type=int, default=[], metavar="BATCH")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--keep", type=Path, help="a folder that keeps the run folders of ours")
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -279,9 +286,9 @@ def main() -> None:
         for seed, (name, count) in enumerate(counts.items()):
             write_questions(files[name], tokenizer, lengths, count, seed)
         for text in arguments.ours:
-            keep("train", run_ours(text, "train", arguments.model, files))
+            keep("train", run_ours(text, "train", arguments.model, files, arguments.keep))
         for text in arguments.score:
-            keep("score", run_ours(text, "evaluate", arguments.model, files))
+            keep("score", run_ours(text, "evaluate", arguments.model, files, arguments.keep))
         for text in arguments.peers[1:]:
             keep("peer", run_peer(Path(arguments.peers[0]), text, arguments.model))
         for batch in arguments.harness:
@@ -296,7 +303,9 @@ def main() -> None:
                 else {"run": f"batch {batch}", "failed": ended.stderr[-2000:]},
             )
         for text in arguments.epoch:
-            keep("epoch", run_ours(f"{text},epoch", "train", arguments.model, files))
+            keep(
+                "epoch", run_ours(f"{text},epoch", "train", arguments.model, files, arguments.keep)
+            )
 
 
 if __name__ == "__main__":
