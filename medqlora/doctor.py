@@ -506,14 +506,16 @@ def memory_rows(cfg: DictConfig) -> tuple[list[tuple[int, float, float]], str, f
 
 
 def checks_table(checks: list[Check]) -> Table:
-    """The report."""
+    """The report: a line a check, and below what is not as it should be, what to do about it."""
     table = _table("medqlora doctor", None)
     table.add_column("", no_wrap=True)
-    for heading in ("check", "found", "what to do"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("check", overflow="fold", max_width=28)
+    table.add_column("found, → what to do", overflow="fold")
     for check in checks:
         status = Text(check.status, style=_COLOURS[check.status])
-        table.add_row(status, Text(check.name), Text(check.found), Text(check.advice))
+        table.add_row(status, Text(check.name), Text(check.found))
+        if check.advice:
+            table.add_row("", "", Text(f"→ {check.advice}", style="bold"))
     return table
 
 
@@ -523,7 +525,7 @@ def memory_table(cfg: DictConfig) -> Table:
     room = "" if available is None else f"; * fits the {available:.1f} GB of {device}"
     table = _table(
         f"estimated peak of training {cfg.model.path}, GB",
-        "formula: medqlora.acceleration.memory.estimate_training_memory" + room,
+        "formula: acceleration.memory.estimate_training_memory" + room,
     )
     for heading in ("data.token_budget", "no checkpointing", "checkpointing"):
         table.add_column(heading, justify="right")
@@ -561,7 +563,7 @@ def main(cfg: DictConfig, run_dir: Path) -> None:
     if failed:
         raise MedQLoRAError(
             f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}): what to do "
-            "stands beside each."
+            "stands below each."
         )
 
 

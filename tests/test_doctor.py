@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from rich.console import Console
 
 from medqlora import doctor
 from medqlora.config import compose
-from medqlora.doctor import Check, disk_check, examine
+from medqlora.doctor import Check, checks_table, disk_check, examine
 from tests.hub import LoopbackHub, Repository
 
 
@@ -209,3 +211,19 @@ def test_wandb_is_online_only_with_a_key(key, mode, words, monkeypatch, tmp_path
     monkeypatch.setenv("WANDB_MODE", "offline")
     (check,) = doctor.check_wandb()
     assert "offline" in check.found
+
+
+def test_at_80_columns_names_stay_whole_and_what_to_do_stands_below():
+    advice = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; `make quickstart` needs none."
+    checks = [
+        Check("data bundled:sample/train.jsonl.gz", "pass", "0.5 MB"),
+        Check("data set openlifescienceai/medmcqa", "fail", "not on this machine", advice),
+    ]
+    out = io.StringIO()
+    Console(file=out, width=80).print(checks_table(checks))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in ("bundled:sample/train.jsonl.gz", "openlifescienceai/medmcqa", "HF_HUB_OFFLINE"):
+        assert name in out.getvalue()
+    [found] = [number for number, line in enumerate(lines) if "not on this machine" in line]
+    assert "→ Check the network" in "".join(lines[found + 1 : found + 3])
