@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -19,15 +21,20 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_jobs_run_in_processes_of_their_own_and_a_bad_one_is_told(launcher, tiny_options, tmp_path):
+without_ray = pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is None,
+    reason="hydra-ray-launcher is not installed: extra [ray]",
+)
+
+
+def sweep_of_two(launcher: str, arguments: list[str], options: list[str], tmp_path, **env) -> None:
     """One job trains, one cannot: a folder each, exit code 1, and its reason in a single line."""
-    options = [*tiny_options, "quant=nf4_fp32", "optimizer=adamw", "trainer.max_steps=2"]
-    options += ["data.limit_val=0", f"hydra/launcher={launcher}", *LAUNCHERS[launcher]]
+    options = [*options, "quant=nf4_fp32", "optimizer=adamw", "trainer.max_steps=2"]
+    options += ["data.limit_val=0", f"hydra/launcher={launcher}", *arguments]
     ended = subprocess.run(
         [sys.executable, "-m", "medqlora.train", "-m", *options, "peft=lora_r4,none"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
         capture_output=True,
         text=True,
         timeout=300,
@@ -41,6 +48,21 @@ def test_jobs_run_in_processes_of_their_own_and_a_bad_one_is_told(launcher, tiny
     assert (sweep / "0" / "adapter" / "adapter_model.safetensors").is_file()
     processes = {log.read_text().count("first step") for log in sweep.glob("*/train.log")}
     assert processes == {0, 1}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_jobs_run_in_processes_of_their_own_and_a_bad_one_is_told(launcher, tiny_options, tmp_path):
+    sweep_of_two(launcher, LAUNCHERS[launcher], tiny_options, tmp_path)
+
+
+@without_ray
+def test_jobs_run_on_ray_and_a_bad_one_is_told(tiny_options, tmp_path):
+    """On a cluster of this machine alone, of one CPU."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # its sockets need a short path
+        settings = {"num_cpus": 1, "include_dashboard": "false", "_temp_dir": folder}
+        arguments = [f"+hydra.launcher.ray.init.{key}={settings[key]}" for key in settings]
+        environment = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
+        sweep_of_two("ray", arguments, tiny_options, tmp_path, **environment)
 
 
 def test_a_sweep_on_a_cluster_composes():
