@@ -61,6 +61,7 @@ def groups() -> dict[str, str]:
     files = (path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
     found = {path.parent.as_posix() for path in files}
     ordered = [name for name in about if name in found] + sorted(found - about.keys())
+    about["hydra/sweeper"] = "a search in place of the grid of `-m`"
     return {name: about.get(name, "") for name in ordered}
 
 
