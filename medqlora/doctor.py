@@ -509,7 +509,7 @@ def checks_table(checks: list[Check]) -> Table:
     """The report: a line a check, and below what is not as it should be, what to do about it."""
     table = _table("medqlora doctor", None)
     table.add_column("", no_wrap=True)
-    table.add_column("check", overflow="fold", max_width=28)
+    table.add_column("check", overflow="fold", max_width=30)
     table.add_column("found, → what to do", overflow="fold")
     for check in checks:
         status = Text(check.status, style=_COLOURS[check.status])
