@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -125,14 +127,23 @@ def test_predictions_of_other_data_are_refused(predictions):
         (predictions[:-1], "scored 120 questions and b 119"),
         (other_answers, "disagree about the right answer of 120"),
         (val, "0 of them the same"),
-        ([*predictions, predictions[0]], "twice"),
+        ([*predictions, predictions[0]], r"1 question\(s\) twice"),
     ):
         with pytest.raises(ConfigError, match=message):
             compare_runs(predictions, other)
         with pytest.raises(ConfigError, match=message):
             compare_seeds([predictions, predictions], [other])
-    with pytest.raises(ConfigError, match="sha256 aa and bb"):
-        compare_runs(predictions, predictions, sha256_a="aa", sha256_b="bb")
+    first = predictions[0].id
+    one_answer = [
+        replace(p, answer=(p.answer + 1) % 4) if p.id == first else p for p in predictions
+    ]
+    with pytest.raises(ConfigError, match=rf"of 1 question\(s\), such as {first}, so they cannot"):
+        compare_runs(predictions, one_answer)
+    hashes = {"name_a": "one", "name_b": "two", "sha256_a": "aa", "sha256_b": "bb"}
+    with pytest.raises(ConfigError, match=r"^one and two .* \(sha256 aa and bb\)"):
+        compare_runs(predictions, predictions, **hashes)
+    for unknown in ({"sha256_a": "aa"}, {"sha256_b": "bb"}):
+        assert compare_runs(predictions, predictions, **unknown).p_value == 1
     with pytest.raises(ConfigError, match="no labelled question"):
         compare_runs(unlabelled, unlabelled)
 
@@ -188,6 +199,62 @@ def test_mixed_comparison_covers_the_true_difference():
     assert np.mean([r.difference for r in results]) == pytest.approx(0.05, abs=0.015)
 
 
+def _two_way(table):
+    """Mean squares of runs and of the rest, by statsmodels, of one setting's [run, question]."""
+    runs, questions = np.indices(table.shape)
+    data = {"right": table.ravel(), "run": runs.ravel(), "question": questions.ravel()}
+    anova = anova_lm(ols("right ~ C(run) + C(question)", data).fit())
+    return anova["sum_sq"]["C(run)"], anova["sum_sq"]["Residual"]
+
+
+@pytest.mark.parametrize(("seeds", "seed_spread"), [((3, 2), 0.3), ((2, 4), 0.3), ((1, 3), 0.3)])
+def test_mixed_comparison_has_the_moment_estimates_of_a_two_way_analysis(seeds, seed_spread):
+    """The sums of squares come from statsmodels; the rest is the formula of the docstring by hand.
+
+    Runs of a setting differ by far more than the noise in them, so that every part counts.
+    """
+    rng, n = np.random.default_rng(4), 40
+    ability = rng.uniform(0.2, 0.8, n)
+    tables = []
+    for shift, num in zip((0.0, 0.1), seeds, strict=True):
+        chance = ability + shift + np.linspace(-seed_spread, seed_spread, num)[:, None] * (num > 1)
+        tables.append((rng.uniform(size=(num, n)) < chance).astype(float))
+    first, second = tables
+    squares = [_two_way(table) for table in tables if len(table) > 1]
+    free_runs = sum(seeds) - 2
+    mean_square_runs = sum(runs for runs, _ in squares) / free_runs
+    mean_square_noise = sum(rest for _, rest in squares) / (free_runs * (n - 1))
+    seed_variance = (mean_square_runs - mean_square_noise) / n
+    assert seed_variance > 0.01
+    from_seeds = seed_variance / seeds[0] + seed_variance / seeds[1]
+    from_questions = np.var(second.mean(axis=0) - first.mean(axis=0), ddof=1) / n
+    error = np.sqrt(from_seeds + from_questions)
+    free = error**4 / (from_questions**2 / (n - 1) + from_seeds**2 / free_runs)
+    difference = second.mean() - first.mean()
+    reach = stats.t.ppf(0.975, free) * error
+
+    runs_a, runs_b = ([_predict(row) for row in table] for table in tables)
+    result = compare_seeds(runs_a, runs_b, name_a="one", name_b="other")
+    assert result.difference == pytest.approx(difference)
+    assert (result.ci_low, result.ci_high) == pytest.approx(
+        (difference - reach, difference + reach)
+    )
+    assert result.p_value == pytest.approx(2 * stats.t.sf(abs(difference) / error, free))
+    assert (result.accuracy_a, result.accuracy_b) == pytest.approx((first.mean(), second.mean()))
+    assert (result.name_a, result.name_b, result.n) == ("one", "other", n)
+    assert (result.num_seeds_a, result.num_seeds_b) == seeds
+    assert result.method == "crossed random effects of seed and question, Satterthwaite t"
+
+
+def test_settings_that_differ_everywhere_and_never_vary_differ_for_sure():
+    """Two questions are enough to say so; nothing varies, so the interval has no width."""
+    wrong, right = _predict([0, 0]), _predict([1, 1])
+    result = compare_seeds([wrong, wrong], [right])
+    assert (result.difference, result.ci_low, result.ci_high, result.p_value) == (1, 1, 1, 0)
+    same = compare_seeds([right, right], [right])
+    assert (same.difference, same.p_value) == (0, 1)
+
+
 def test_without_any_difference_there_is_none():
     same = [_predict([1, 0, 1, 1])] * 2
     result = compare_seeds(same, same)
@@ -212,6 +279,8 @@ def test_a_family_is_corrected_together():
     pooled = compare_family(runs)
     assert [c.num_seeds_a for c in pooled] == [2, 2, 1]
     assert [c.only_a is None for c in pooled] == [True, True, False]
+    named = [("r=1", "r=2"), ("r=1", "r=8"), ("r=2", "r=8")]
+    assert [(c.name_a, c.name_b) for c in pooled] == named
 
 
 def test_a_family_needs_members_and_the_same_data(predictions):
@@ -220,7 +289,7 @@ def test_a_family_needs_members_and_the_same_data(predictions):
         compare_family(runs, "c")
     with pytest.raises(ConfigError, match="at least two"):
         compare_family({"a": [predictions]})
-    with pytest.raises(ConfigError, match="different questions"):
+    with pytest.raises(ConfigError, match=r"^a and b scored different questions"):
         compare_family(runs, sha256={"a": "1", "b": "2"})
 
 
@@ -230,7 +299,10 @@ def test_a_lower_level_is_a_narrower_interval():
 
 
 def test_the_bootstrap_cuts_the_same_share_from_both_ends():
-    """Of a symmetric sample; 1.96 standard errors of a mean of 400 signs are 0.098."""
-    interval = bootstrap_mean(np.tile([-1.0, 1.0], 200))
-    assert interval.low == pytest.approx(-0.098, rel=0.08)
-    assert interval.high == pytest.approx(0.098, rel=0.08)
+    """Ends of a mean of 400 values of spread 1: 1.96 and, at 50 %, 0.674 standard errors."""
+    values = stats.norm.ppf((np.arange(400) + 0.5) / 400)
+    values /= values.std()
+    for level, reach in ((0.95, 0.0980), (0.5, 0.0337)):
+        interval = bootstrap_mean(values, level=level)
+        assert interval.low == pytest.approx(-reach, rel=0.05)
+        assert interval.high == pytest.approx(reach, rel=0.05)
