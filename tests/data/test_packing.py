@@ -261,3 +261,51 @@ def test_the_state_of_a_loader_has_the_keys_of_the_checkpoints_there_are():
     rows = iter(loader)
     next(rows)
     assert loader.state_dict() == {"epoch": 0, "rows_done": 1, "num_rows": len(loader)}
+
+
+def test_a_place_is_taken_up_only_inside_the_epoch_it_was_left_in():
+    """Any other epoch, and one that was finished, is given whole."""
+    plan = RowPlan(medmcqa_like(300), 512, 24)
+    whole = len(loader_of(plan))
+    assert whole > 5
+    for epoch, done, left in ((1, 3, whole - 3), (0, 3, whole), (1, whole, whole)):
+        loader = loader_of(plan)
+        state = {"epoch": epoch, "rows_done": done, "num_rows": whole}
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state  # saved again before the first step
+        loader.set_epoch(1)
+        assert len(list(loader)) == left
+    assert loader_of(plan).state_dict()["rows_done"] == 0
+
+
+def test_each_row_is_augmented_with_the_number_of_its_epoch():
+    plan = RowPlan(medmcqa_like(300), 512, 24)
+    seen = []
+    loader = loader_of(plan, augment=lambda row, epoch: seen.append(epoch) or ("changed", row))
+    plain = loader_of(plan)
+    for each in (loader, plain):
+        each.set_epoch(2)
+    assert list(loader) == [("changed", row) for row in plain]
+    assert set(seen) == {2}
+
+
+def test_without_shuffling_every_epoch_is_the_first():
+    lengths = medmcqa_like(300)
+    plan = RowPlan(lengths, 512, 24, shuffle=False, world_size=4)
+    rows = pack(lengths, np.arange(300), 512, 24)
+    assert plan.num_rows == -(-len(rows) // 4) * 4
+    assert _ids(plan.rows(0)) == _ids(plan.rows(3))
+    assert plan.rows(0)[0].tolist() == rows[0].tolist()
+
+
+def test_halves_of_a_row_stand_in_its_place_and_behind_all_others():
+    rows = spread([np.array([0, 1, 2, 3]), np.array([4, 5, 6])], 4)
+    assert [row.tolist() for row in rows] == [[0, 1], [4], [2, 3], [5, 6]]
+
+
+def test_a_question_without_an_answer_has_none_in_its_row():
+    questions = tokenized([3, 2, 4])
+    questions.answer[1] = -1
+    row = build_row(questions, np.arange(3), token_budget=16, max_questions=4, max_length=8)
+    assert row.answer.tolist() == [0, IGNORE, 2, IGNORE]
+    assert row.max_length == 8
