@@ -35,6 +35,9 @@ BUDGETS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 MEMORY_MARGIN = 0.9
 """Part of a device's memory that a trial may use; validation and fragments take the rest."""
 
+LIKELY = 0.85
+"""Part of it up to which an estimate is expected to fit: it is met within a twentieth."""
+
 _QUESTION_LENGTH = 64
 _DECIDES = ("model", "quant", "peft", "optimizer", "loss", "acceleration", "prompt")
 
@@ -162,9 +165,9 @@ def check_memory(cfg: DictConfig) -> None:
     log.info("about %.1f GB of the %.1f GB of this device are expected at the peak", peak, total)
     if peak <= 1.1 * total:
         return
-    fitting = [b for b in BUDGETS if estimated_peak(cfg, b, again) <= MEMORY_MARGIN * total]
+    fitting = [b for b in BUDGETS if estimated_peak(cfg, b, again) <= LIKELY * total]
     proposals = [f"data.token_budget={fitting[-1]}"] if fitting else []
-    if not again and estimated_peak(cfg, cfg.data.token_budget, True) <= MEMORY_MARGIN * total:
+    if not again and estimated_peak(cfg, cfg.data.token_budget, True) <= LIKELY * total:
         proposals.append("acceleration.gradient_checkpointing=true")
     raise ConfigError(
         f"data.token_budget={cfg.data.token_budget} would take about {peak:.0f} GB, and this "
@@ -201,7 +204,7 @@ def _likely(cfg: DictConfig) -> int | None:
     device = pipeline.device_of(cfg)
     if device.type != "cuda":
         return None
-    room = MEMORY_MARGIN * torch.cuda.get_device_properties(device).total_memory / 1e9
+    room = LIKELY * torch.cuda.get_device_properties(device).total_memory / 1e9
     again = cfg.acceleration.gradient_checkpointing
     fitting = [budget for budget in BUDGETS if estimated_peak(cfg, budget, again) <= room]
     return fitting[-1] if fitting else None

@@ -104,13 +104,16 @@ def tile(x: float, y: float, width: float, height: float, hue: int, label: str) 
     ]
 
 
+SHARED = ' style="fill:currentColor;fill-opacity:.45;stroke:none"'
+
 # --- pictures -------------------------------------------------------------------------------------
 
 
 def packing() -> str:
     """The first bundled questions, one a row with padding, and packed; then who sees whom."""
-    lengths, rows, budget = _packed_rows()
+    shared, own, rows, budget = _packed_rows()
     scale, left = 0.82, 24
+    lengths = [shared + length for length in own]
     longest = max(lengths)
     body = [text(left, 22, f"One question a row, padded to the longest ({longest} tokens)", "b")]
     columns, height = 4, 16
@@ -129,30 +132,35 @@ def packing() -> str:
     body.append(text(left, y, f"The same questions packed: rows of exactly {budget} tokens", "b"))
     y += 12
     for row in rows:
-        x = float(left)
         body.append(rect(left, y, budget * scale, 26, "pad"))
+        body.append(rect(left, y, shared * scale, 26, "", SHARED))
+        x = left + shared * scale
         for question in row:
-            part = lengths[question] * scale
+            part = own[question] * scale
             body += tile(x, y, part, 26, question, str(question + 1))
             x += part
         y += 34
-    share = 100 * used / (budget * len(rows))
-    body.append(
-        text(left, y + 6, f"{share:.1f} % of {budget * len(rows):,} places hold a token.", "s")
-    )
+    share = 100 * (sum(own) + shared * len(rows)) / (budget * len(rows))
+    held = f"{share:.1f} % of {budget * len(rows):,} places hold a token"
+    fewer = shared * (len(lengths) - len(rows))
+    also = f"; the {shared} with which every prompt begins stand in front once: {fewer} fewer."
+    body.append(text(left, y + 6, held + also, "s"))
     y += 40
-    body += _mask(left, y, [lengths[question] for question in rows[0][:4]], rows[0])
+    body += _mask(left, y, [own[question] for question in rows[0][:4]], rows[0])
     return svg("packing", 872, round(y + 214), "Questions padded, packed, and what each sees", body)
 
 
 def _mask(left: float, y: float, sizes: list[int], row: list[int]) -> list[str]:
-    side = 170.0
-    unit = side / sum(sizes)
+    side, front = 170.0, 12.0  # the shared tokens are drawn wider than they are
+    unit = (side - front) / sum(sizes)
+    heading = "What a token sees: its own question, backwards, and what all share"
     body = [
-        text(left, y, "What a token sees: its own question, backwards (first four of row 1)", "b"),
+        text(left, y, f"{heading} (first four of row 1)", "b"),
         rect(left, y + 14, side, side, "pad"),
+        rect(left, y + 14 + front, front, side - front, "", SHARED),
+        f'<path d="M{left:g} {y + 14:g} v{front:g} h{front:g} Z"{SHARED}/>',
     ]
-    start = 0.0
+    start = front
     for question, size in zip(row, sizes, strict=False):
         part = size * unit
         x, top = left + start, y + 14 + start
@@ -161,7 +169,8 @@ def _mask(left: float, y: float, sizes: list[int], row: list[int]) -> list[str]:
         body.append(f'<path d="{path}" style="fill:{colour};fill-opacity:.55;stroke:{colour}"/>')
         start += part
     words = (
-        "position_ids start at 0 with each question",
+        "The grey front: BOS and what stands before every stem, with few shots those too",
+        "position_ids go on from it in each question",
         "cu_seqlens holds where each one starts: attention never crosses it",
         "last points at the token before each answer letter",
         "Every row has the same shapes, so one compilation serves the run",
@@ -170,8 +179,12 @@ def _mask(left: float, y: float, sizes: list[int], row: list[int]) -> list[str]:
     return body
 
 
-def _packed_rows() -> tuple[list[int], list[list[int]], int]:
-    """The first two rows that the loader gives of the bundled training questions."""
+def _packed_rows() -> tuple[int, list[int], list[list[int]], int]:
+    """The first two rows that the loader gives of the bundled training questions.
+
+    Returns:
+        Tokens they share, the others of each question, the questions of each row, its length.
+    """
     from medqlora.config import compose
     from medqlora.pipeline import build_datamodule
 
@@ -181,11 +194,13 @@ def _packed_rows() -> tuple[list[int], list[list[int]], int]:
     datamodule.setup()
     lengths: list[int] = []
     rows: list[list[int]] = []
+    shared = 0
     for batch, _ in zip(datamodule.loader("train"), range(2), strict=False):
         sizes = batch.cu_seqlens[: batch.num_questions + 1].diff().tolist()
         rows.append(list(range(len(lengths), len(lengths) + len(sizes))))
         lengths += sizes
-    return lengths, rows, budget
+        shared = batch.prefix_length
+    return shared, lengths, rows, budget
 
 
 def flow() -> str:

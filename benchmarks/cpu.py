@@ -1,0 +1,156 @@
+"""The tiny model on two CPU cores, beside the plain way: padded batches and the whole head.
+
+    python benchmarks/cpu.py --output cpu.json
+
+The plain way is what a script around transformers, bitsandbytes and peft does: questions of the
+bundled sample in batches of 8, padded to the longest, `model(input_ids, attention_mask, labels)`
+with the logits of every token, LoRA r=16 on the seven linears of the same NF4 weights, AdamW; for
+scoring, lm-evaluation-harness's way, one row for each of the four continuations. Ours is the module
+and the packed rows of `train experiment=quickstart`, 2,048 tokens each, without Lightning's loop
+around them. Both compute in float32 and see the same questions. Each rate is the best of three
+passes behind a warm-up; both run with one thread and with two, the better one counts for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from medqlora import pipeline
+from medqlora.budget import optimizer_of
+from medqlora.config import compose
+from medqlora.data import MedMCQADataModule
+from medqlora.data.tokenization import TextEncoder
+from medqlora.quantization import load_base
+from medqlora.schema import LETTERS, PackedBatch, Question
+
+BATCH, PASSES = 8, 3
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def padded(rows: list[list[int]], supervised: int = 1) -> dict[str, Tensor]:
+    """A batch as a collator makes it: padded on the right, labels on the last tokens."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        labels[row, len(tokens) - supervised : len(tokens)] = torch.tensor(tokens[-supervised:])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def batches(rows: list[list[int]]) -> list[dict[str, Tensor]]:
+    """Rows in their order, `BATCH` at a time."""
+    return [padded(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+
+
+def plain(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[str, Callable]:
+    """Training and scoring through stock transformers and peft, on the same NF4 weights."""
+    base = load_base(cfg.model.path, pipeline.make(cfg.quant), device="cpu")
+    base.set_attn_implementation("sdpa")
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    encoder, letters = TextEncoder(data.tokenizer), data.letter_ids
+    prompts = encoder.encode_prompts([data.prompt.render(question) for question in questions])
+    learned = batches(
+        [[*p, letters[q.answer or 0]] for p, q in zip(prompts, questions, strict=True)]
+    )
+    asked = batches([[*p, letter] for p in prompts for letter in letters[: len(LETTERS) - 1]])
+
+    def train() -> None:
+        model.train()
+        for batch in learned:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def score() -> None:
+        model.eval()
+        for batch in asked:
+            ids = batch["input_ids"]
+            scores = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+            told = batch["labels"][:, 1:]
+            chosen = scores[:, :-1].log_softmax(-1).gather(2, told.clamp(min=0)[..., None])
+            (chosen[..., 0] * (told >= 0)).sum(1)
+
+    return {"training": train, "scoring": score}
+
+
+def ours(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[str, Callable]:
+    """Training and scoring of packed rows by the module that `train` uses."""
+    module = pipeline.build_training_module(cfg, pipeline.build_base(cfg), data, 100)
+    optimizer = optimizer_of(module)
+    rows: list[PackedBatch] = list(data.pack(questions))
+
+    def train() -> None:
+        assert module.loss is not None
+        module.train()
+        for row in rows:
+            total, count = module.loss(module.model, row, module.letter_rows, module.letter_ids)
+            (total / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def score() -> None:
+        module.eval()
+        for row in rows:
+            module(row)
+
+    return {"training": train, "scoring": score}
+
+
+def best_rate(act: Callable[[], None], count: int) -> dict[str, float]:
+    """Questions a second, by the number of threads."""
+    rates = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        act()
+        seconds = []
+        for _ in range(PASSES):
+            started = time.perf_counter()
+            act()
+            seconds.append(time.perf_counter() - started)
+        rates[f"{threads} threads"] = round(count / min(seconds), 1)
+    return rates
+
+
+def main() -> None:
+    """Measure both and print the ratio."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--questions", type=int, default=256)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    cfg = compose("train", ["experiment=quickstart"])
+    data = pipeline.build_datamodule(cfg)
+    data.setup()
+    questions = data.questions["train"][: arguments.questions]
+    result: dict[str, Any] = {"questions": len(questions), "load": os.getloadavg()[0]}
+    for name, make in (("plain", plain), ("ours", ours)):
+        for what, act in make(cfg, questions, data).items():
+            result[f"{name} {what}"] = best_rate(act, len(questions))
+    for what in ("training", "scoring"):
+        pair = [max(result[f"{name} {what}"].values()) for name in ("ours", "plain")]
+        result[f"{what} ratio"] = round(pair[0] / pair[1], 1)
+    print(json.dumps(result, indent=1))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
