@@ -42,6 +42,11 @@ if not importlib.import_module("torch").cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def untraced() -> dict[str, str]:
+    """The environment of a process whose lines are not counted: it is killed, or runs known ones."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_PROCESS_")}
+
+
 class Ended(NamedTuple):
     """How a command ended: its exit code and what it printed."""
 

@@ -16,7 +16,7 @@ import pytest
 
 from medqlora.config import compose
 from medqlora.train import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, untraced
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
@@ -47,7 +47,7 @@ def start(options: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "medqlora.train", *options],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**untraced(), "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
