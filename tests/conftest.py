@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def untraced() -> dict[str, str]:
-    """The environment of a process whose lines are not counted: it is killed, or runs known ones."""
+    """The environment of a process whose lines are not counted: killed, it could not tell."""
     return {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_PROCESS_")}
 
 

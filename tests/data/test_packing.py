@@ -309,3 +309,19 @@ def test_a_question_without_an_answer_has_none_in_its_row():
     row = build_row(questions, np.arange(3), token_budget=16, max_questions=4, max_length=8)
     assert row.answer.tolist() == [0, IGNORE, 2, IGNORE]
     assert row.max_length == 8
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "places", "first"),
+    [
+        ([10, 4, 5, 6], 19, 2, [0, 3]),  # 4 + 5 would close it, and need three places
+        ([10, 4, 5, 6], 19, 3, [0, 1, 2]),
+        ([10, 4, 4, 7], 18, 3, [0, 1, 2]),  # two of one size are two questions
+        ([10, 4, 7, 3], 18, 3, [0, 2]),  # one of it is not
+    ],
+)
+def test_two_questions_close_a_gap_where_there_are_two_and_places_for_both(
+    lengths, budget, places, first
+):
+    rows = pack(np.array(lengths), np.arange(len(lengths)), budget, places)
+    assert rows[0].tolist() == first

@@ -112,6 +112,20 @@ def test_comparison_turned_round_changes_only_the_sign():
     assert there.ci_low == pytest.approx(-back.ci_high, abs=0.02)
 
 
+def test_a_comparison_is_the_same_each_time_and_takes_its_seed_and_number_of_resamples():
+    """The ends of the interval are drawn; those of another draw are near, not the same."""
+    right = np.arange(97) % 7
+    pair = _predict(right < 3), _predict((right * 5) % 7 < 4)
+
+    def ends(**drawn):
+        result = compare_runs(*pair, **drawn)
+        return result.ci_low, result.ci_high
+
+    assert ends() == ends() == ends(seed=0, num_resamples=10_000)
+    few = {"num_resamples": 50}
+    assert len({ends(**few), ends(**few, seed=1), ends(num_resamples=60)}) == 3
+
+
 def test_a_run_equals_itself(predictions):
     result = compare_runs(predictions, predictions)
     assert (result.difference, result.p_value) == (0, 1)
@@ -124,10 +138,10 @@ def test_predictions_of_other_data_are_refused(predictions):
     val = [replace(p, split="val") for p in predictions]
     for other, message in (
         (other_ids, "0 of them the same"),
-        (predictions[:-1], "scored 120 questions and b 119"),
+        (predictions[:-1], "^a scored 120 questions and b 119, 119 of them the same, so they"),
         (other_answers, "disagree about the right answer of 120"),
         (val, "0 of them the same"),
-        ([*predictions, predictions[0]], r"1 question\(s\) twice"),
+        ([*predictions, predictions[0]], r"^b has 1 question\(s\) twice, so they"),
     ):
         with pytest.raises(ConfigError, match=message):
             compare_runs(predictions, other)
