@@ -6,9 +6,15 @@ it without a traceback and exit with `exit_code`.
 
 
 class MedQLoRAError(Exception):
-    """A failure that was foreseen; its message is one line meant for the user."""
+    """A failure that was foreseen; its message is one line meant for the user.
+
+    Also where it repeats what was given, which may have several.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
 
 
 class ConfigError(MedQLoRAError):

@@ -114,6 +114,9 @@ GROUPS = (
 )
 """Config groups from which one option must be chosen; without `peft` a bare base is meant."""
 
+_MADE = ("data", "prompt", "quant", "optimizer", "scheduler", "loss", "acceleration")
+"""Those that make one object, and so cannot be empty."""
+
 BACKENDS = ("auto", "packed", "stock")
 """What `evaluate.backend` can be."""
 
@@ -188,6 +191,11 @@ def check(cfg: Config) -> None:
             raise ConfigError(
                 f"{name}={cfg[name]} is no option of that group. Choose one that --help lists, or "
                 f"set single keys of it, {name}.KEY=VALUE."
+            )
+        if name in _MADE and name in cfg and "_target_" not in cfg[name]:
+            raise ConfigError(
+                f"{name}={cfg[name]} does not say what to make of it: it lacks _target_. Choose "
+                f"one of {name}'s options, which --help lists."
             )
     device = device_of(cfg)
     precision = cfg["trainer"].get("precision")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -132,6 +132,8 @@ def leaves(node: Any, path: str = "") -> Iterator[str]:
 
 @cases(100)
 @given(key=st.sampled_from(sorted(leaves(WHOLE))), value=VALUES)
+@example(key="acceleration", value={})
+@example(key="quant", value="two\nlines")
 def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key, value):
     """What `train` does before it reads data or weights."""
     cfg = copy.deepcopy(WHOLE)
