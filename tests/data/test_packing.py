@@ -325,3 +325,41 @@ def test_two_questions_close_a_gap_where_there_are_two_and_places_for_both(
 ):
     rows = pack(np.array(lengths), np.arange(len(lengths)), budget, places)
     assert rows[0].tolist() == first
+
+
+def test_a_shared_beginning_stands_once_and_every_question_goes_on_behind_it():
+    lengths, prompts = np.array([5, 4, 6]), [4, 3, 3]
+    questions = tokenized(lengths, prompt_lengths=prompts)
+    for start in questions.offsets[:-1]:
+        questions.tokens[start : start + 2] = (7, 8)
+    shape = {"token_budget": 16, "max_questions": 4, "max_length": 8, "with_labels": True}
+    row = build_row(questions, np.array([2, 0, 1]), **shape, prefix_length=2)
+    assert (row.prefix_length, row.num_tokens, row.num_questions) == (2, 2 + 4 + 3 + 2, 3)
+    assert row.input_ids[:11].tolist() == [
+        7,
+        8,
+        *(3002, 3003, 3004, 3005),
+        1002,
+        1003,
+        1004,
+        2002,
+        2003,
+    ]
+    assert row.position_ids[:11].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 2, 3]
+    assert row.cu_seqlens.tolist() == [2, 6, 9, 11, 11]
+    assert row.last[:3].tolist() == [2, 7, 9]  # of prompts of 3, 4 and 3 tokens, 2 of them shared
+    learned = {i: label for i, label in enumerate(row.labels.tolist()) if label != IGNORE}
+    assert learned == {2: 3003, 3: 3004, 4: 3005, 7: 1004, 9: 2003}
+    empty = build_row(questions, np.zeros(0, dtype=int), **shape, prefix_length=2)
+    assert (empty.num_tokens, empty.num_questions) == (0, 0)
+
+
+def test_an_epoch_whose_shuffles_all_need_too_many_rows_takes_those_of_the_first(monkeypatch):
+    """The trainer counted the rows once; which question is in which row then repeats."""
+    plan = RowPlan(medmcqa_like(100), 512, 24)
+    first = _ids(plan.rows(0))
+    alone = [np.array([question]) for question in range(100)]
+    monkeypatch.setattr(plan, "_pack", lambda epoch, attempt: alone)
+    later = _ids(plan.rows(1))
+    assert later != first
+    assert sorted(map(sorted, later)) == sorted(map(sorted, first))
