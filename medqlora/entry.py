@@ -84,8 +84,9 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
-            gc.freeze()
-            gc.enable()
+            if not gc.isenabled():  # since the imports of a command: see `medqlora/__init__.py`
+                gc.freeze()
+                gc.enable()
             show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             exit_codes: list[int] = []
             process = os.getpid()

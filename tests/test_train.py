@@ -36,9 +36,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(runs, tiny_options) -> Path:
-    """A whole run: NF4, LoRA, two epochs, the base scored first."""
+    """A whole run: NF4, LoRA, two epochs of eight rows, the base scored first."""
     options = ["quant=nf4", "peft=lora_r16", FLOAT32, "optimizer.lr=1e-2", "trainer.max_epochs=2"]
-    cfg = compose("train", [*tiny_options, *options, "baselines=[base_16bit,base_quantized]"])
+    options += ["data.token_budget=448", "baselines=[base_16bit,base_quantized]"]
+    cfg = compose("train", [*tiny_options, *options])
     return train(cfg, runs / "whole")
 
 

@@ -3,9 +3,9 @@
 A decoder layer becomes one pure function of tensors, compiled once and called for every layer.
 Four things make it fast. The adapter is added while the weight is dequantised, so that a layer
 costs one matrix product forward and one for the gradient of its input, as if there were no
-adapter. The adapter's own gradients take one pass over the gradient of the output. Rotary
-embedding happens inside attention, which reads the projections as they are. And behind the last
-attention only the tokens that are scored are computed at all.
+adapter. The adapter's own gradients take one pass over the gradient of the output. Attention
+reads the projections as they are, without repeated heads, and questions of tens of tokens in one
+program each. And behind the last attention only the tokens that are scored are computed at all.
 """
 
 from __future__ import annotations
