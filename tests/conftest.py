@@ -47,6 +47,21 @@ def untraced() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_PROCESS_")}
 
 
+LONGEST = (
+    "tests/test_distributed.py",
+    "tests/test_resume.py",
+    "tests/test_launchers.py",
+    "tests/test_sweep.py::test_a_hundred_jobs",
+    "tests/test_sweep.py::test_adapters_over_one_base",
+)
+"""Tests that take a minute each: begun first, lest a worker be left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest first; the others keep their order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 class Ended(NamedTuple):
     """How a command ended: its exit code and what it printed."""
 

@@ -567,7 +567,7 @@ def test_a_server_that_goes_away_in_the_middle_costs_a_wait_and_no_run(
     words = [*small, "logger=wandb", "logger.wandb.finish_timeout=3", "peft=lora_r4"]
     begun = time.monotonic()
     train(compose("train", words), tmp_path / "run")
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 150
     assert read_run(tmp_path / "run").status == "completed"
     [sent] = server.runs.values()
     assert sent.exit_code is None
