@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def batches(rows: list[list[int]]) -> list[dict[str, Tensor]]:
     return [padded(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
 
 
+def learn(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> None:
+    """An update for each loss; the next is computed with what was learned."""
+    for loss in losses:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def plain(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[str, Callable]:
     """Training and scoring through stock transformers and peft, on the same NF4 weights."""
     base = load_base(cfg.model.path, pipeline.make(cfg.quant), device="cpu")
@@ -71,10 +79,7 @@ def plain(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[
 
     def train() -> None:
         model.train()
-        for batch in learned:
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        learn(optimizer, (model(**batch).loss for batch in learned))
 
     @torch.no_grad()
     def score() -> None:
@@ -95,14 +100,15 @@ def ours(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[s
     optimizer = optimizer_of(module)
     rows: list[PackedBatch] = list(data.pack(questions))
 
-    def train() -> None:
+    def losses() -> Iterator[Tensor]:
         assert module.loss is not None
-        module.train()
         for row in rows:
             total, count = module.loss(module.model, row, module.letter_rows, module.letter_ids)
-            (total / count).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            yield total / count
+
+    def train() -> None:
+        module.train()
+        learn(optimizer, losses())
 
     @torch.no_grad()
     def score() -> None:
