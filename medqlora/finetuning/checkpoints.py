@@ -38,7 +38,10 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write to a temporary file, fsync, rename; an old `last.ckpt` becomes the previous."""
+        """Write to a temporary file, fsync, rename; an old `last.ckpt` becomes the previous.
+
+        Whoever looks at `last.ckpt` meanwhile finds the old one or the new one.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,7 +51,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == LAST and path.exists():
-                os.replace(path, path.with_name(PREVIOUS))
+                _keep_as_previous(path)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -63,6 +66,19 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the file, if it is there."""
         Path(path).unlink(missing_ok=True)
+
+
+def _keep_as_previous(path: Path) -> None:
+    """Give the file a second name, where the file system can; its name only moves otherwise."""
+    link = path.with_name(f".{PREVIOUS}.{os.getpid()}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:
+        os.replace(path, path.with_name(PREVIOUS))
+        return
+    os.replace(link, path.with_name(PREVIOUS))
+    link.unlink(missing_ok=True)  # still there where both names were of one file already
 
 
 def _sync_directory(directory: Path) -> None:

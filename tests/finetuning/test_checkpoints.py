@@ -218,6 +218,36 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_loses_nothing(run, 
     assert_same(everything(again, resumed), everything(module, trainer))
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch, links):
+    """Without hard links, its name is gone for a moment: the one before it is there then."""
+    io, last, previous = AtomicCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "last.prev.ckpt"
+    replace = os.replace
+
+    def watched(source, target):
+        replace(source, target)
+        assert last.exists() or (not links and previous.exists())
+
+    def no_links(source, target):
+        raise OSError("this file system has no links")
+
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    io.save_checkpoint({"state_dict": {}, "global_step": 1}, last)
+    monkeypatch.setattr("os.replace", watched)
+    for step in (2, 3):
+        io.save_checkpoint({"state_dict": {}, "global_step": step}, last)
+        assert read_checkpoint(last)["global_step"] == step
+        assert read_checkpoint(previous)["global_step"] == step - 1
+        assert sorted(tmp_path.iterdir()) == [last, previous]
+    if links:  # killed between the two renames: both names are of one file
+        previous.unlink()
+        os.link(last, previous)
+        io.save_checkpoint({"state_dict": {}, "global_step": 4}, last)
+        assert read_checkpoint(previous)["global_step"] == 3
+        assert sorted(tmp_path.iterdir()) == [last, previous]
+
+
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "text"])
 def test_a_damaged_checkpoint_is_told_in_one_line(run, tmp_path, damage):
     run("run", max_epochs=1)
