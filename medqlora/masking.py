@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "***"
@@ -36,29 +36,37 @@ def is_secret_name(name: str) -> bool:
     return _SECRET_NAME.search(name) is not None
 
 
-def mask(text: str) -> str:
-    """The text with every secret in it replaced by `MASK`."""
-    for secret in _environment_secrets():
+def mask(text: str, secrets: Sequence[str] | None = None) -> str:
+    """The text with every secret in it replaced by `MASK`.
+
+    Args:
+        text: What is to be written.
+        secrets: Values that are secret wherever they stand; those of the environment if None.
+    """
+    for secret in _environment_secrets() if secrets is None else secrets:
         text = text.replace(secret, MASK)
     text = _TOKEN_FORM.sub(MASK, text)
     text = _PASSWORD_IN_URL.sub(rf"\1:{MASK}", text)
     return _SECRET_SETTING.sub(rf"\1{MASK}", text)
 
 
-def masked(value: Any, key: str = "") -> Any:
+def masked(value: Any, key: str = "", secrets: Sequence[str] | None = None) -> Any:
     """A copy of nested plain values with every secret replaced.
 
     Args:
         value: Mappings, lists, strings, numbers.
         key: Name that the value has; of one that names a secret every string is replaced.
+        secrets: As for `mask`.
     """
+    if secrets is None:
+        secrets = _environment_secrets()
     if isinstance(value, Mapping):
-        return {name: masked(item, str(name)) for name, item in value.items()}
+        return {name: masked(item, str(name), secrets) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(masked(item, key) for item in value)
+        return type(value)(masked(item, key, secrets) for item in value)
     if not isinstance(value, str) or not value:
         return value
-    return MASK if is_secret_name(key) else mask(value)
+    return MASK if is_secret_name(key) else mask(value, secrets)
 
 
 class MaskingFormatter(logging.Formatter):

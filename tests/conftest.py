@@ -6,6 +6,7 @@ tokens or settings of this machine, and none leaves anything behind.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -60,6 +61,13 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest first; the others keep their order."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _earlier_objects_are_left_alone() -> None:
+    """What imports and other modules made is no garbage: each collection, one a job, is over sooner."""
+    gc.collect()
+    gc.freeze()
 
 
 class Ended(NamedTuple):
