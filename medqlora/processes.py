@@ -105,7 +105,8 @@ def take_gpu() -> None:
     """Take a GPU of this machine that no other worker has, and hide the others from this process.
 
     The first job of a worker must call it before CUDA starts; the GPU is given back when the
-    process ends. Which GPUs there are is what CUDA_VISIBLE_DEVICES says, or else all.
+    process ends. Which GPUs there are is what CUDA_VISIBLE_DEVICES says, or else all; Slurm may
+    number those of each of its jobs from 0, so they are told apart by job.
 
     Raises:
         ConfigError: If there are fewer GPUs than workers.
@@ -118,8 +119,9 @@ def take_gpu() -> None:
 
         visible = ",".join(map(str, range(torch.cuda.device_count())))
     names = [name for name in visible.split(",") if name]
+    owner = f"{os.getuid()}-{os.environ.get('SLURM_JOB_ID', 'host')}"
     for name in names:
-        file = Path(tempfile.gettempdir()) / f"medqlora-gpu-{name}-{os.getuid()}.lock"
+        file = Path(tempfile.gettempdir()) / f"medqlora-gpu-{owner}-{name}.lock"
         lock = file.open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,6 +133,6 @@ def take_gpu() -> None:
         return
     if names:  # without any, `trainer=gpu` is refused in its own words
         raise ConfigError(
-            f"this machine has {len(names)} GPUs and all are taken by other jobs. Add "
+            f"all GPUs of this machine ({len(names)}) are taken by other jobs. Add "
             f"hydra.launcher.n_jobs={len(names)}, so that each job has one of its own."
         )

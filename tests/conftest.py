@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _earlier_objects_are_left_alone() -> None:
-    """What imports and other modules made is no garbage: each collection, one a job, is over sooner."""
+    """What others made is no garbage of this module: collecting, once a job, is over sooner."""
     gc.collect()
     gc.freeze()
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -72,3 +73,48 @@ def test_a_sweep_on_a_cluster_composes():
         cfg = compose("train", words, return_hydra_config=True)
     assert cfg.hydra.launcher.gpus_per_node == 1
     assert cfg.hydra.launcher.partition == "gpu"
+
+
+def worker(visible: str, folder: Path, **slurm: str) -> subprocess.Popen[str]:
+    """A process that takes a GPU, says which it sees, and ends when its input does."""
+    code = (
+        "import os, sys\n"
+        "from medqlora.errors import ConfigError\n"
+        "from medqlora.processes import take_gpu\n"
+        "try:\n"
+        "    take_gpu(), take_gpu()\n"
+        "    print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+        "except ConfigError as error:\n"
+        "    print(error, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": visible, "TMPDIR": str(folder)} | slurm,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_each_worker_sees_a_gpu_of_its_own_and_one_too_many_is_told(tmp_path):
+    """Killed or not, a worker that ends gives its GPU back."""
+    workers: list[subprocess.Popen[str]] = []
+
+    def told(visible: str = "2,GPU-5f", **slurm: str) -> str:
+        workers.append(worker(visible, tmp_path, **slurm))
+        assert workers[-1].stdout is not None
+        return workers[-1].stdout.readline().strip()
+
+    assert [told(), told()] == ["2", "GPU-5f"]
+    assert "all GPUs of this machine (2) are taken" in told()
+    workers[0].kill()
+    workers[0].wait()
+    assert told() == "2"
+    # In two jobs of Slurm the same number is not the same GPU; in one job it is.
+    assert [told("0", SLURM_JOB_ID=job) for job in ("7", "8")] == ["0", "0"]
+    assert "all GPUs of this machine (1) are taken" in told("0", SLURM_JOB_ID="8")
+    for process in workers[1:]:
+        process.communicate("")
+    assert {process.returncode for process in workers[1:]} == {0}
