@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from medqlora.config import compose
-from tests.conftest import ROOT, untraced
+from tests.conftest import ROOT
 from tests.data.data_tools import raw_row
 from tests.hub import LoopbackHub, Repository
 
@@ -81,7 +81,7 @@ def dataset_files(tmp_path_factory) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
     """This process's variables without a way out to another hub."""
-    kept = {name: value for name, value in untraced().items() if "proxy" not in name.lower()}
+    kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     cache = tmp_path_factory.mktemp("cache")
     return kept | {"PYTHONPATH": str(ROOT), "MEDQLORA_CACHE": str(cache)}
 

@@ -15,7 +15,7 @@ import pytest
 
 from medqlora.config import compose
 from medqlora.train import train
-from tests.conftest import ROOT, untraced
+from tests.conftest import ROOT
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
@@ -46,7 +46,7 @@ def start(options: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "medqlora.train", *options],
         cwd=folder,
-        env={**untraced(), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medqlora.acceleration import operators  # noqa: F401  torch.ops.medqlora
 from medqlora.acceleration.attention import cover_padding
 from medqlora.acceleration.backbone import FAST_PATH, Checkpointing, find_backbone, offloaded
 from medqlora.schema import PackedBatch
@@ -39,7 +40,7 @@ MLP_CHUNKS, MIN_CHUNK = 4, 256
 
 
 class Linear(NamedTuple):
-    """The tensors of one 4-bit layer and its adapter; see `kernels.effective_weight`."""
+    """The tensors of one 4-bit layer and its adapter; see `operators.effective_weight`."""
 
     packed: Tensor
     absmax: Tensor
@@ -134,6 +135,12 @@ def why_not_fused(model: nn.Module) -> str | None:
         return f"the model is on {parameter.device.type}, not on CUDA"
     if torch.cuda.get_device_capability(parameter.device) < (8, 0):
         return "the GPU has no bfloat16 matrix units (compute capability below 8.0)"
+    return why_other_layers(model)
+
+
+def why_other_layers(model: nn.Module) -> str | None:
+    """Why a model is none whose layers the fast path computes, wherever it is."""
+    backbone = find_backbone(model)
     config: Any = backbone.config
     if config.model_type != "gemma":
         return f"it is made for Gemma 1, not for {config.model_type}"
@@ -621,8 +628,6 @@ def _product(x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
 
 
 def _layer(layer: Any) -> Layer:
-    from medqlora.acceleration import kernels  # noqa: F401  registers the operators; CUDA only
-
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
         layer.input_layernorm.weight,

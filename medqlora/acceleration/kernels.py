@@ -1,8 +1,7 @@
 """Triton kernels for NF4 weights under LoRA and for attention within short questions.
 
-Imported on CUDA only. Each kernel stands behind a `torch.library` operator, so that
-`torch.compile` and CUDA graphs take it as it is; what it computes is stated by the operator's
-docstring and tested against plain torch.
+Imported on CUDA only, by `operators`, which says what each function computes; `plain` computes the
+same.
 """
 
 import torch
@@ -69,7 +68,6 @@ def _effective_weight(
         tl.store(out + rows[:, None] * K + columns[None, :], weight)
 
 
-@torch.library.custom_op("medqlora::effective_weight", mutates_args=())
 def effective_weight(
     packed: Tensor,
     absmax: Tensor,
@@ -88,34 +86,7 @@ def effective_weight(
     transpose: bool,
     again: bool,
 ) -> Tensor:
-    """`dequantise(packed) + scaling * lora_b @ lora_a`, rounded once, at the end.
-
-    The base weight lies anywhere between two 16-bit numbers before that rounding, so an adapter
-    whose change is smaller than their distance still moves the right share of the weights.
-
-    Args:
-        packed: 4-bit codes, two a byte, of the row-major (out_features, in_features) weight.
-        absmax: Constant of each block; 8-bit codes where it is quantised again.
-        absmax_scale: Constant of each 256 block constants, or None.
-        absmax_code: The 256 values of those 8-bit codes, or None.
-        absmax_offset: Mean of the block constants, or None.
-        code: The 16 values of the 4-bit codes.
-        lora_a: (rank, in_features), or None without an adapter.
-        lora_b: (out_features, rank), or None.
-        scaling: `lora_alpha / r`.
-        out_features: Rows of the weight.
-        in_features: Columns of the weight.
-        block_size: Weights that share a constant.
-        out_scale: Factor on the result, for 8-bit floats.
-        float8: Return float8_e4m3fn instead of bfloat16.
-        transpose: Return (in_features, out_features).
-        again: Changes nothing. The compiler takes calls with the same arguments for one, and would
-            keep the weight of the forward pass for the backward pass; told apart by this they stay
-            two, which costs time and saves the memory of a weight in 16 bit.
-
-    Returns:
-        The weight in bfloat16 or float8_e4m3fn.
-    """
+    """See `operators.effective_weight`."""
     shape = (in_features, out_features) if transpose else (out_features, in_features)
     dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
     out = torch.empty(shape, dtype=dtype, device=packed.device)
@@ -144,30 +115,6 @@ def effective_weight(
         num_warps=4,
     )
     return out
-
-
-@effective_weight.register_fake
-def _(
-    packed,
-    absmax,
-    absmax_scale,
-    absmax_code,
-    absmax_offset,
-    code,
-    lora_a,
-    lora_b,
-    scaling,
-    out_features,
-    in_features,
-    block_size,
-    out_scale,
-    float8,
-    transpose,
-    again,
-):
-    shape = (in_features, out_features) if transpose else (out_features, in_features)
-    dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
-    return torch.empty(shape, dtype=dtype, device=packed.device)
 
 
 @triton.jit
@@ -201,21 +148,8 @@ def _lora_gradient(
     tl.store(grad_down + (split * T + rows)[:, None] * RANK + ranks[None, :], total, mask=there)
 
 
-@torch.library.custom_op("medqlora::lora_gradient", mutates_args=())
 def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-    """`grad @ lora_b` and `grad.T @ down` in one pass over `grad`, the largest tensor of the step.
-
-    Sums run in a fixed order, so that the same inputs give the same bits.
-
-    Args:
-        grad: Gradient of a layer's output, (token, out_features), contiguous bfloat16.
-        down: What the adapter's first matrix made of the input, (token, rank).
-        lora_b: (out_features, rank).
-
-    Returns:
-        Gradient of `down` in bfloat16, (token, rank), and of `lora_b` in float32, both without the
-        adapter's scaling.
-    """
+    """See `operators.lora_gradient`."""
     num_tokens, out_features = grad.shape
     rank = lora_b.shape[1]
     block_t, block_n = (128, 64) if num_tokens > 1024 else (32, 64)
@@ -241,14 +175,6 @@ def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, T
         num_stages=3,
     )
     return grad_down.sum(0).to(grad.dtype), grad_b.sum(0)
-
-
-@lora_gradient.register_fake
-def _(grad, down, lora_b):
-    return (
-        torch.empty((grad.shape[0], lora_b.shape[1]), dtype=grad.dtype, device=grad.device),
-        torch.empty(lora_b.shape, dtype=torch.float32, device=grad.device),
-    )
 
 
 @triton.jit
@@ -477,7 +403,6 @@ PARTS = 4
 """Tile sizes that were the fastest on an H200 for heads of 256 (`benchmarks/tune_attention.py`)."""
 
 
-@torch.library.custom_op("medqlora::question_attention", mutates_args=())
 def question_attention(
     query: Tensor,
     key: Tensor,
@@ -487,30 +412,7 @@ def question_attention(
     scale: float,
     prefix: int,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention within each question of a packed row, and to the tokens all of them share.
-
-    Reads the projections as they come out of their matrix products: nothing is transposed and no
-    key head is repeated. Made for questions of tens to hundreds of tokens: one program takes a
-    whole question of one head.
-
-    Args:
-        query: (token, num_heads * width), bfloat16.
-        key: (token, kv_head * width).
-        value: (token, kv_head * width).
-        boundaries: 0, the start of each question, then the end of the last, repeated; int32.
-            Together they must cover every token.
-        num_heads: Query heads.
-        scale: Factor on the scores.
-        prefix: Tokens at the beginning of the row that every question goes on from, which are the
-            first piece within `boundaries`.
-
-    Returns:
-        The attention output, (token, num_heads * width), and the log-sum-exp of the scores,
-        (token, num_heads) in float32, for the backward pass.
-
-    References:
-        Online softmax: Dao et al. 2022, arXiv:2205.14135.
-    """
+    """See `operators.question_attention`."""
     out = torch.empty_like(query)
     log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
     _attention_forward[(boundaries.numel() - 1, num_heads)](
@@ -530,13 +432,6 @@ def question_attention(
     return out, log_sum
 
 
-@question_attention.register_fake
-def _(query, key, value, boundaries, num_heads, scale, prefix):
-    log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
-    return torch.empty_like(query), log_sum
-
-
-@torch.library.custom_op("medqlora::question_attention_backward", mutates_args=())
 def question_attention_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -549,7 +444,7 @@ def question_attention_backward(
     scale: float,
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `question_attention` for query, key and value, summed in a fixed order."""
+    """See `operators.question_attention_backward`."""
     grad_query = torch.empty_like(query)
     delta = torch.empty_like(log_sum)
     group, width = query.shape[1] // key.shape[1], query.shape[1] // num_heads
@@ -618,25 +513,3 @@ def question_attention_backward(
         grad_key[:prefix] += from_all[0].sum(0)
         grad_value[:prefix] += from_all[1].sum(0)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
-
-
-@question_attention_backward.register_fake
-def _(grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale, prefix):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _keep(ctx, inputs, output):
-    query, key, value, boundaries, *fixed = inputs
-    ctx.save_for_backward(query, key, value, *output, boundaries)
-    ctx.fixed = fixed
-
-
-def _attention_gradient(ctx, grad_out, grad_log_sum):
-    *saved, boundaries = ctx.saved_tensors
-    grads = torch.ops.medqlora.question_attention_backward(
-        grad_out.contiguous(), *saved, boundaries, *ctx.fixed
-    )
-    return (*grads, None, None, None, None)
-
-
-question_attention.register_autograd(_attention_gradient, setup_context=_keep)

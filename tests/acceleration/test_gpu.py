@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 
 from medqlora.acceleration import (
     Acceleration,
     accelerate,
+    cover_padding,
     last_hidden,
+    plain,
     prepare_for_training,
-    use_packed_attention,
 )
 from medqlora.acceleration.fused import why_not_fused
-from medqlora.quantization import QuantConfig, load_base
-from medqlora.schema import IGNORE, PackedBatch
-from tests.quantization.conftest import save_gemma
+from tests.acceleration import fast_path
+from tests.acceleration.fast_path import BUDGET, distance, relative, run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BUDGET, VOCABULARY = 1024, 4096
 PLAIN = {"fused": "off", "compile": "none"}
 FAST = {
     "eager": {"fused": "on", "compile": "none"},
@@ -47,100 +45,21 @@ FAST = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    """A Gemma whose sizes the fast path takes."""
-    return str(
-        save_gemma(
-            tmp_path_factory.mktemp("gemma"),
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=512,
-            num_attention_heads=4,
-        )
-    )
+rows, curve = partial(fast_path.rows, device="cuda"), partial(fast_path.curve, device="cuda")
 
 
 @pytest.fixture(scope="module")
-def adapted(folder):
-    """NF4 with an adapter that is not zero."""
-    base = load_base(folder, QuantConfig("nf4", double_quant=True), device="cuda")
-    use_packed_attention(base)
-    torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
-
-
-def rows(count: int, *, seed: int = 0, prefix: int = 0) -> list[PackedBatch]:
-    """Full rows of questions of 20 to 100 tokens; the first one behind what they share tells."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(count):
-        lengths = torch.randint(20, 100, (60,), generator=generator)
-        lengths = lengths[: int((prefix + lengths.cumsum(0) <= BUDGET).sum())]
-        number, ends = len(lengths), prefix + lengths.cumsum(0)
-        ids = torch.randint(3, VOCABULARY, (BUDGET,), generator=generator)
-        places = 64
-        boundaries = torch.full((places + 1,), int(ends[-1]), dtype=torch.int32)
-        boundaries[0], boundaries[1 : number + 1] = prefix, ends
-        last = torch.zeros(places, dtype=torch.long)
-        last[:number] = ends - 1
-        answer = torch.full((places,), IGNORE)
-        answer[:number] = ids[ends - lengths] % 4
-        own = [prefix + torch.arange(n) for n in lengths.tolist()]
-        rest = torch.arange(BUDGET - int(ends[-1]))
-        positions = torch.cat([torch.arange(prefix), *own, rest])
-        found.append(
-            PackedBatch(
-                input_ids=ids,
-                position_ids=positions,
-                cu_seqlens=boundaries,
-                last=last,
-                answer=answer,
-                index=torch.where(answer >= 0, torch.arange(places), -1),
-                labels=None,
-                num_questions=number,
-                num_tokens=int(ends[-1]),
-                max_length=128 + prefix,
-                prefix_length=prefix,
-            ).to("cuda")
-        )
-    return found
+def adapted(tmp_path_factory):
+    return fast_path.adapt(fast_path.save_wide_gemma(tmp_path_factory.mktemp("gemma")), "cuda")
 
 
 def set_up(model, options, dropout: float = 0.0):
     """A copy of the model that runs as the options say, ready to be trained."""
     model = copy.deepcopy(model)
-    for module in model.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout["default"] = (
-                torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
-            )
+    fast_path.set_dropout(model, dropout)
     prepare_for_training(model, options.get("gradient_checkpointing", False))
     accelerate(model, Acceleration(**options), "cuda", BUDGET)
     return model
-
-
-def loss_of(model, row):
-    letters = model.get_base_model().lm_head.weight[:4].detach().float()
-    return F.cross_entropy(last_hidden(model, row).float() @ letters.T, row.answer)
-
-
-def run(model, row):
-    """Hidden states of the questions, and the gradients."""
-    model.zero_grad()
-    hidden = last_hidden(model, row)
-    weight = torch.linspace(-1, 1, hidden.shape[1], device="cuda")
-    (hidden[: row.num_questions].float() @ weight).square().mean().backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    return hidden[: row.num_questions].detach(), gradients
-
-
-def relative(a, b) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def test_the_model_takes_the_fast_path(adapted):
@@ -160,24 +79,6 @@ def test_hidden_states_and_gradients_are_those_of_plain_layers(adapted, name, pr
         hidden, others = run(model, row)
     assert relative(hidden, expected) < 0.03
     assert max(relative(others[n], gradients[n]) for n in gradients) < 0.06
-
-
-def curve(model, steps: int = 40) -> list[float]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-3)
-    losses = []
-    for row in rows(steps, seed=1):
-        loss = loss_of(model, row)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    return losses
-
-
-def distance(a: list[float], b: list[float]) -> float:
-    """Mean distance of two loss curves, in nats."""
-    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +150,28 @@ def test_computing_again_takes_less_memory(adapted):
         run(model, row)
         peaks[name] = torch.cuda.max_memory_allocated() - before
     assert peaks["layers"] < peaks["mlp"] < peaks["compiled"]
+
+
+@pytest.mark.parametrize("prefix", [0, 3, 40])
+def test_the_kernels_agree_with_plain_torch(prefix):
+    """To what bfloat16 holds: 1 % of the norm."""
+    from medqlora.acceleration import kernels
+
+    row, heads = rows(1, prefix=prefix)[0], 4
+    boundaries = F.pad(cover_padding(row.cu_seqlens, BUDGET, row.max_length), (1, 0))
+    torch.manual_seed(0)
+    query, grad = (torch.randn(2, BUDGET, heads * 64, device="cuda", dtype=torch.bfloat16)).unbind()
+    key, value = (torch.randn(2, BUDGET, 64, device="cuda", dtype=torch.bfloat16)).unbind()
+    fixed = (boundaries, heads, 0.125, prefix)
+    results = []
+    for module in (kernels, plain):
+        out = module.question_attention(query, key, value, *fixed)
+        back = module.question_attention_backward(grad, query, key, value, *out, *fixed)
+        results.append((*out, *back))
+    down, lora_b = (
+        torch.randn(BUDGET, 16, device="cuda"),
+        torch.randn(heads * 64, 16, device="cuda"),
+    )
+    products = [module.lora_gradient(grad, down, lora_b) for module in (kernels, plain)]
+    for first, second in (*zip(*results, strict=True), *zip(*products, strict=True)):
+        assert relative(first, second) < 0.01

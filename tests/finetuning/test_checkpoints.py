@@ -27,7 +27,6 @@ from medqlora.finetuning import (
     load_trained_weights,
     read_checkpoint,
 )
-from tests.conftest import untraced
 from tests.finetuning.conftest import Rows
 
 IDENTITY = {"model.revision": "abc", "quant": "nf4", "config_hash": "0123"}
@@ -387,7 +386,7 @@ def test_a_kill_while_writing_leaves_a_checkpoint(tmp_path):
         [sys.executable, str(script), str(path)],
         stdout=subprocess.PIPE,
         text=True,
-        env=untraced() | {"PYTHONPATH": str(root)},
+        env=os.environ | {"PYTHONPATH": str(root)},
     )
     assert process.stdout is not None
     for _ in range(7):

@@ -1,0 +1,221 @@
+"""The operators of the fast path: Triton kernels compute them on CUDA, plain torch elsewhere.
+
+`torch.compile` and CUDA graphs take them as they are.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from medqlora.acceleration import plain
+
+
+def _at(tensor: Tensor) -> ModuleType:
+    """The module that computes where a tensor is."""
+    if tensor.is_cuda:
+        from medqlora.acceleration import kernels  # Triton is there on CUDA only
+
+        return kernels
+    return plain
+
+
+@torch.library.custom_op("medqlora::effective_weight", mutates_args=())
+def effective_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
+    code: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    out_scale: float,
+    float8: bool,
+    transpose: bool,
+    again: bool,
+) -> Tensor:
+    """`dequantise(packed) + scaling * lora_b @ lora_a`, rounded once, at the end.
+
+    The base weight lies anywhere between two 16-bit numbers before that rounding, so an adapter
+    whose change is smaller than their distance still moves the right share of the weights.
+
+    Args:
+        packed: 4-bit codes, two a byte, of the row-major (out_features, in_features) weight.
+        absmax: Constant of each block; 8-bit codes where it is quantised again.
+        absmax_scale: Constant of each 256 block constants, or None.
+        absmax_code: The 256 values of those 8-bit codes, or None.
+        absmax_offset: Mean of the block constants, or None.
+        code: The 16 values of the 4-bit codes.
+        lora_a: (rank, in_features), or None without an adapter.
+        lora_b: (out_features, rank), or None.
+        scaling: `lora_alpha / r`.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        block_size: Weights that share a constant.
+        out_scale: Factor on the result, for 8-bit floats.
+        float8: Return float8_e4m3fn instead of bfloat16.
+        transpose: Return (in_features, out_features).
+        again: Changes nothing. The compiler takes calls with the same arguments for one, and would
+            keep the weight of the forward pass for the backward pass; told apart by this they stay
+            two, which costs time and saves the memory of a weight in 16 bit.
+
+    Returns:
+        The weight in bfloat16 or float8_e4m3fn.
+    """
+    return _at(packed).effective_weight(
+        packed,
+        absmax,
+        absmax_scale,
+        absmax_code,
+        absmax_offset,
+        code,
+        lora_a,
+        lora_b,
+        scaling,
+        out_features,
+        in_features,
+        block_size,
+        out_scale,
+        float8,
+        transpose,
+        again,
+    )
+
+
+@effective_weight.register_fake
+def _(
+    packed,
+    absmax,
+    absmax_scale,
+    absmax_code,
+    absmax_offset,
+    code,
+    lora_a,
+    lora_b,
+    scaling,
+    out_features,
+    in_features,
+    block_size,
+    out_scale,
+    float8,
+    transpose,
+    again,
+):
+    shape = (in_features, out_features) if transpose else (out_features, in_features)
+    dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
+    return torch.empty(shape, dtype=dtype, device=packed.device)
+
+
+@torch.library.custom_op("medqlora::lora_gradient", mutates_args=())
+def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """`grad @ lora_b` and `grad.T @ down` in one pass over `grad`, the largest tensor of the step.
+
+    Sums run in a fixed order, so that the same inputs give the same bits.
+
+    Args:
+        grad: Gradient of a layer's output, (token, out_features), contiguous bfloat16.
+        down: What the adapter's first matrix made of the input, (token, rank).
+        lora_b: (out_features, rank).
+
+    Returns:
+        Gradient of `down` in bfloat16, (token, rank), and of `lora_b` in float32, both without the
+        adapter's scaling.
+    """
+    return _at(grad).lora_gradient(grad, down, lora_b)
+
+
+@lora_gradient.register_fake
+def _(grad, down, lora_b):
+    return (
+        torch.empty((grad.shape[0], lora_b.shape[1]), dtype=grad.dtype, device=grad.device),
+        torch.empty(lora_b.shape, dtype=torch.float32, device=grad.device),
+    )
+
+
+@torch.library.custom_op("medqlora::question_attention", mutates_args=())
+def question_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    num_heads: int,
+    scale: float,
+    prefix: int,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each question of a packed row, and to the tokens all of them share.
+
+    Reads the projections as they come out of their matrix products: nothing is transposed and no
+    key head is repeated. Made for questions of tens to hundreds of tokens: one program takes a
+    whole question of one head.
+
+    Args:
+        query: (token, num_heads * width), bfloat16.
+        key: (token, kv_head * width).
+        value: (token, kv_head * width).
+        boundaries: 0, the start of each question, then the end of the last, repeated; int32.
+            Together they must cover every token.
+        num_heads: Query heads.
+        scale: Factor on the scores.
+        prefix: Tokens at the beginning of the row that every question goes on from, which are the
+            first piece within `boundaries`.
+
+    Returns:
+        The attention output, (token, num_heads * width), and the log-sum-exp of the scores,
+        (token, num_heads) in float32, for the backward pass.
+
+    References:
+        Online softmax: Dao et al. 2022, arXiv:2205.14135.
+    """
+    return _at(query).question_attention(query, key, value, boundaries, num_heads, scale, prefix)
+
+
+@question_attention.register_fake
+def _(query, key, value, boundaries, num_heads, scale, prefix):
+    log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
+    return torch.empty_like(query), log_sum
+
+
+@torch.library.custom_op("medqlora::question_attention_backward", mutates_args=())
+def question_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    boundaries: Tensor,
+    num_heads: int,
+    scale: float,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `question_attention` for query, key and value, summed in a fixed order."""
+    return _at(grad_out).question_attention_backward(
+        grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale, prefix
+    )
+
+
+@question_attention_backward.register_fake
+def _(grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale, prefix):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx, inputs, output):
+    query, key, value, boundaries, *fixed = inputs
+    ctx.save_for_backward(query, key, value, *output, boundaries)
+    ctx.fixed = fixed
+
+
+def _attention_gradient(ctx, grad_out, grad_log_sum):
+    *saved, boundaries = ctx.saved_tensors
+    grads = torch.ops.medqlora.question_attention_backward(
+        grad_out.contiguous(), *saved, boundaries, *ctx.fixed
+    )
+    return (*grads, None, None, None, None)
+
+
+question_attention.register_autograd(_attention_gradient, setup_context=_keep)

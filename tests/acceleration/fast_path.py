@@ -1,0 +1,121 @@
+"""What the tests of the fast path share, on the CPU and on a GPU: a model it takes, rows, runs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from medqlora.acceleration import last_hidden, use_packed_attention
+from medqlora.quantization import QuantConfig, load_base
+from medqlora.schema import IGNORE, PackedBatch
+from tests.quantization.conftest import save_gemma
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BUDGET, VOCABULARY = 1024, 4096
+LEARNING_RATE = 2e-3
+
+
+def save_wide_gemma(folder) -> str:
+    """A Gemma whose sizes the fast path takes."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    return str(save_gemma(folder, vocab_size=VOCABULARY, **sizes))
+
+
+def adapt(folder: str, device: str, *, double_quant: bool = True, **lora) -> PeftModel:
+    """NF4 with an adapter that is not zero."""
+    base = load_base(folder, QuantConfig("nf4", double_quant=double_quant), device=device)
+    use_packed_attention(base)
+    torch.manual_seed(0)
+    options = {"r": 16, "lora_alpha": 32, "target_modules": LINEARS} | lora
+    model = get_peft_model(base, LoraConfig(**options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def set_dropout(model, share: float) -> None:
+    """Dropout in front of every adapter of a model, in place."""
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = (
+                torch.nn.Dropout(share) if share else torch.nn.Identity()
+            )
+
+
+def rows(count: int, *, seed: int = 0, prefix: int = 0, device: str = "cpu") -> list[PackedBatch]:
+    """Full rows of questions of 20 to 100 tokens; the first one behind what they share tells."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        lengths = torch.randint(20, 100, (60,), generator=generator)
+        lengths = lengths[: int((prefix + lengths.cumsum(0) <= BUDGET).sum())]
+        number, ends = len(lengths), prefix + lengths.cumsum(0)
+        ids = torch.randint(3, VOCABULARY, (BUDGET,), generator=generator)
+        places = 64
+        boundaries = torch.full((places + 1,), int(ends[-1]), dtype=torch.int32)
+        boundaries[0], boundaries[1 : number + 1] = prefix, ends
+        last = torch.zeros(places, dtype=torch.long)
+        last[:number] = ends - 1
+        answer = torch.full((places,), IGNORE)
+        answer[:number] = ids[ends - lengths] % 4
+        own = [prefix + torch.arange(n) for n in lengths.tolist()]
+        rest = torch.arange(BUDGET - int(ends[-1]))
+        positions = torch.cat([torch.arange(prefix), *own, rest])
+        found.append(
+            PackedBatch(
+                input_ids=ids,
+                position_ids=positions,
+                cu_seqlens=boundaries,
+                last=last,
+                answer=answer,
+                index=torch.where(answer >= 0, torch.arange(places), -1),
+                labels=None,
+                num_questions=number,
+                num_tokens=int(ends[-1]),
+                max_length=128 + prefix,
+                prefix_length=prefix,
+            ).to(device)
+        )
+    return found
+
+
+def loss_of(model, row):
+    letters = model.get_base_model().lm_head.weight[:4].detach().float()
+    return F.cross_entropy(last_hidden(model, row).float() @ letters.T, row.answer)
+
+
+def run(model, row):
+    """Hidden states of the questions, and the gradients."""
+    model.zero_grad()
+    hidden = last_hidden(model, row)
+    weight = torch.linspace(-1, 1, hidden.shape[1], device=hidden.device)
+    (hidden[: row.num_questions].float() @ weight).square().mean().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return hidden[: row.num_questions].detach(), gradients
+
+
+def relative(a, b) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def curve(model, steps: int = 40, device: str = "cpu") -> list[float]:
+    """Losses of updates on one row again and again: there is something to learn by heart."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    [row] = rows(1, seed=1, device=device)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model, row)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    """Mean distance of two loss curves, in nats."""
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)

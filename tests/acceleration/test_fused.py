@@ -1,0 +1,265 @@
+"""The fast path over its operators in plain torch, and those operators by themselves.
+
+On a GPU tests/acceleration/test_gpu.py says the same of the kernels, compiled and recorded.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from medqlora.acceleration import (
+    Acceleration,
+    accelerate,
+    last_hidden,
+    packed_attention,
+    prepare_for_training,
+)
+from medqlora.acceleration.fused import (
+    FusedBackbone,
+    enable_fused,
+    why_not_fused,
+    why_other_layers,
+)
+from medqlora.quantization import QuantConfig, load_base
+from tests.acceleration.fast_path import (
+    LINEARS,
+    adapt,
+    curve,
+    distance,
+    relative,
+    rows,
+    run,
+    save_wide_gemma,
+    set_dropout,
+)
+
+operators: Any = torch.ops.medqlora
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_wide_gemma(tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="module")
+def adapted(folder):
+    return adapt(folder, "cpu")
+
+
+def set_up(model, *, fused: bool = True, again: Any = False, dropout: float = 0.0):
+    """A copy of the model, ready to be trained, on the fast path or on its plain layers."""
+    model = copy.deepcopy(model)
+    set_dropout(model, dropout)
+    prepare_for_training(model, again)
+    if fused:
+        enable_fused(model, compile=False, gradient_checkpointing=again)
+    return model
+
+
+# --- the whole path -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prefix", "double_quant"), [(0, True), (3, True), (40, True), (3, False)])
+def test_hidden_states_and_gradients_are_those_of_plain_layers(folder, prefix, double_quant):
+    """Within bfloat16 rounding in another order: 3 % of the norm, 6 % for the worst gradient."""
+    row, adapted = rows(1, prefix=prefix)[0], adapt(folder, "cpu", double_quant=double_quant)
+    expected, gradients = run(set_up(adapted, fused=False), row)
+    hidden, others = run(set_up(adapted), row)
+    assert relative(hidden, expected) < 0.03
+    assert max(relative(others[n], gradients[n]) for n in gradients) < 0.06
+
+
+def test_what_is_computed_again_is_the_same(adapted):
+    row = rows(1, prefix=3)[0]
+    expected, gradients = run(set_up(adapted), row)
+    for again in ("mlp", True, "offload"):
+        hidden, others = run(set_up(adapted, again=again), row)
+        assert relative(hidden, expected) < 1e-6, again
+        assert max(relative(others[n], gradients[n]) for n in gradients) < 0.01, again
+
+
+def test_all_hidden_states_are_those_of_plain_layers(adapted):
+    row = rows(1, prefix=3)[0]
+    with torch.no_grad():
+        plain, fast = (
+            FusedBackbone(adapted, compile=False).hidden_states(row),
+            set_up(adapted).eval(),
+        )
+        assert relative(plain[row.last], last_hidden(fast, row)) < 0.01
+
+
+def test_the_loss_curve_is_that_of_plain_layers(adapted):
+    """Mean distance over 10 updates, in nats, of losses that fall."""
+    plain = curve(set_up(adapted, fused=False), steps=10)
+    assert plain[-1] < 0.5 * plain[0]
+    assert distance(curve(set_up(adapted), steps=10), plain) < 0.01
+
+
+def test_dropout_keeps_its_expectation_and_ends_with_training(adapted):
+    row = rows(1)[0]
+    model = set_up(adapted, dropout=0.1)
+    torch.manual_seed(0)
+    passes = torch.stack([run(model, row)[0] for _ in range(8)]).float()
+    assert relative(passes[0], passes[1]) > 1e-3, "the same inputs were dropped twice"
+    model.eval()
+    with torch.no_grad():
+        still = last_hidden(model, row)[: row.num_questions]
+    assert relative(still, run(set_up(adapted), row)[0]) < 1e-6
+    spread = float((passes - still.float()).norm(dim=(1, 2)).mean())
+    assert float((passes.mean(0) - still.float()).norm()) < 0.5 * spread
+
+
+def test_a_base_without_adapter_scores_on_it(folder):
+    row = rows(1)[0]
+    model = adapt(folder, "cpu")
+    with torch.no_grad(), model.disable_adapter():
+        expected = last_hidden(model, row)
+    base = model.unload()
+    enable_fused(base, compile=False)
+    with torch.no_grad():
+        hidden = last_hidden(base, row)
+    assert relative(hidden[: row.num_questions], expected[: row.num_questions]) < 0.03
+
+
+# --- which models take it -------------------------------------------------------------------------
+
+
+def test_a_model_takes_it_on_a_gpu_only(adapted):
+    assert why_other_layers(adapted) is None
+    assert why_not_fused(adapted) == "the model is on cpu, not on CUDA"
+    told = accelerate(copy.deepcopy(adapted), Acceleration(), "cpu", 1024)
+    assert told == "plain layers (the model is on cpu, not on CUDA), compile=none"
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"r": 12}, "the rank 12 is not a power of two up to 64"),
+        ({"r": 128}, "the rank 128 is not a power of two up to 64"),
+        ({"use_dora": True}, "the adapter is a variant of LoRA"),
+        ({"lora_bias": True}, "the adapter is a variant of LoRA"),
+        ({"alpha_pattern": {"q_proj": 8}}, "the adapter's scaling or dropout differs"),
+        ({"modules_to_save": ["lm_head"]}, "is trained, which is no part of a LoRA adapter"),
+        ({"target_modules": ["q_proj", "v_proj"]}, None),
+    ],
+)
+def test_adapters_that_cannot_be_folded_are_told(folder, lora, reason):
+    told = why_other_layers(adapt(folder, "cpu", **lora))
+    assert (told is None) if reason is None else (reason in str(told)), told
+
+
+def test_adapters_that_are_off_merged_or_two_are_told(folder):
+    model = adapt(folder, "cpu")
+    with model.disable_adapter():
+        assert why_other_layers(model) == "the adapter is switched off or merged"
+    model.add_adapter("second", LoraConfig(r=16, target_modules=LINEARS))
+    assert why_other_layers(model) == "there is more than one adapter"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"data_type": "nf4", "compute_dtype": "float32"}, "it computes in bfloat16"),
+        ({"data_type": "nf4", "block_size": 256}, "it computes in bfloat16 with blocks of at"),
+        ({"data_type": "int8"}, "q_proj is not stored in 4 bits"),
+        ({"data_type": "none"}, "q_proj is not stored in 4 bits"),
+    ],
+)
+def test_storages_that_it_does_not_read_are_told(folder, options, reason):
+    assert reason in str(why_other_layers(load_base(folder, QuantConfig(**options), device="cpu")))
+
+
+def test_models_that_are_no_gemma_are_told(folder):
+    for name, value, reason in (
+        ("model_type", "gemma2", "it is made for Gemma 1, not for gemma2"),
+        ("hidden_act", "relu", "the activation or the attention bias is not Gemma's"),
+        ("attention_bias", True, "the activation or the attention bias is not Gemma's"),
+    ):
+        base = load_base(folder, QuantConfig("nf4"), device="cpu")
+        setattr(base.config, name, value)
+        assert why_other_layers(base) == reason
+
+
+def test_an_adapter_of_another_kind_is_told(folder):
+    from peft import IA3Config
+
+    base = load_base(folder, QuantConfig("nf4"), device="cpu")
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    assert "the adapter is a " in str(why_other_layers(get_peft_model(base, config)))
+
+
+# --- the operators --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_the_effective_weight_is_what_bitsandbytes_reads_plus_the_adapter(double_quant, block_size):
+    torch.manual_seed(0)
+    packed, state = bnb.quantize_4bit(
+        torch.randn(192, 256),
+        blocksize=block_size,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+    )
+    read = bnb.dequantize_4bit(packed, state)
+    nested = state.state2 if double_quant else None
+    stored = (
+        packed,
+        state.absmax,
+        nested and nested.absmax,
+        nested and nested.code,
+        state.offset if double_quant else None,
+        state.code,
+    )
+    a, b = torch.randn(16, 256), torch.randn(192, 16)
+    fixed = (2.0, 192, 256, block_size)
+    plain = operators.effective_weight(*stored, None, None, *fixed, 1.0, False, False, False)
+    assert torch.equal(plain, read.bfloat16())
+    folded = operators.effective_weight(*stored, a, b, *fixed, 1.0, False, True, True)
+    assert relative(folded, (read + 2 * b @ a).t()) < 3e-3
+    assert folded.is_contiguous()
+    small = operators.effective_weight(*stored, a, b, *fixed, 4.0, True, False, False)
+    assert small.dtype == torch.float8_e4m3fn
+    assert relative(small.float() / 4, read + 2 * b @ a) < 0.04
+    torch.library.opcheck(
+        operators.effective_weight, (*stored, a, b, *fixed, 1.0, False, True, False)
+    )
+
+
+def test_the_gradients_of_the_adapter_are_its_products():
+    torch.manual_seed(0)
+    grad, down, b = torch.randn(50, 128), torch.randn(50, 16), torch.randn(128, 16)
+    grad_down, grad_b = operators.lora_gradient(grad, down, b)
+    assert relative(grad_down, grad.double() @ b.double()) < 1e-5
+    assert relative(grad_b, grad.double().t() @ down.double()) < 1e-5
+    torch.library.opcheck(operators.lora_gradient, (grad.bfloat16(), down.bfloat16(), b.bfloat16()))
+
+
+@pytest.mark.parametrize(("prefix", "ends"), [(0, [5, 12, 20, 20]), (3, [8, 9, 20, 20])])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_attention_of_questions_is_that_of_a_padded_batch(prefix, ends, kv_heads):
+    torch.manual_seed(0)
+    boundaries = torch.tensor([0, *([prefix] if prefix else []), *ends], dtype=torch.int32)
+    query, key, value = (
+        torch.randn(20, heads * 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)
+    )
+    split = [t.unflatten(1, (-1, 8)) for t in (query, key, value)]
+    cu_seqlens = boundaries[1:] if prefix else boundaries
+    padded = packed_attention(*split, cu_seqlens, 20, 0.3, prefix).flatten(1)
+    out, log_sum = operators.question_attention(query, key, value, boundaries, 4, 0.3, prefix)
+    assert log_sum.shape == (20, 4)
+    weight = torch.randn_like(out)
+    expected = torch.autograd.grad((padded * weight).sum(), (query, key, value))
+    gradients = torch.autograd.grad((out * weight).sum(), (query, key, value))
+    assert relative(out, padded) < 1e-5
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert relative(gradient, other) < 1e-5
+    torch.library.opcheck(
+        operators.question_attention, (query, key, value, boundaries, 4, 0.3, prefix)
+    )
