@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from jaxtyping import install_import_hook
 
-import tests.shapes  # noqa: F401  the hook looks it up by name
+from tests.shapes import check_package
 
 _HOME = tempfile.TemporaryDirectory(prefix="medqlora-tests-")
 for _name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE"):
@@ -38,7 +37,7 @@ os.environ |= {
 
 # Imported here, behind the environment it reads; torch.compile cannot trace through the checks.
 if not importlib.import_module("torch").cuda.is_available():
-    install_import_hook("medqlora", "tests.shapes.check")
+    check_package("medqlora")
 
 ROOT = Path(__file__).resolve().parent.parent
 
