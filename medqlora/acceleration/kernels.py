@@ -285,6 +285,39 @@ def _attention_backward_query(
 
 
 @triton.jit
+def _with_key_gradient(
+    grad_k,
+    grad_v,
+    k,
+    v,
+    query,
+    grad_out,
+    log_sum,
+    delta,
+    q_rows,
+    q_there,
+    seen,
+    head,
+    width,
+    scale,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # What some queries of one head add to the gradients of some keys and values.
+    q_where = q_rows[:, None] * (HEADS * WIDTH) + head * WIDTH + width[None, :]
+    q = tl.load(query + q_where, mask=q_there[:, None], other=0.0)
+    d = tl.load(grad_out + q_where, mask=q_there[:, None], other=0.0)
+    lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
+    row_delta = tl.load(delta + q_rows * HEADS + head, mask=q_there, other=0.0)
+    score = tl.dot(k, tl.trans(q)) * scale
+    probability = tl.where(seen, tl.exp(score - lse[None, :]), 0.0)
+    grad_v += tl.dot(probability.to(tl.bfloat16), d)
+    slope = probability * (tl.dot(v, tl.trans(d)) - row_delta[None, :]) * scale
+    grad_k += tl.dot(slope.to(tl.bfloat16), q)
+    return grad_k, grad_v
+
+
+@triton.jit
 def _attention_backward_key(
     query,
     key,
@@ -310,7 +343,7 @@ def _attention_backward_key(
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
     width = tl.arange(0, WIDTH)
-    q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
+    kv_stride = HEADS // GROUP * WIDTH
     for k0 in range(0, length, BLOCK_K):
         k_position = k0 + tl.arange(0, BLOCK_K)
         k_there = k_position < length
@@ -325,17 +358,25 @@ def _attention_backward_key(
                 q_position = q0 + tl.arange(0, BLOCK_Q)
                 q_there = q_position < length
                 q_rows = start + q_position
-                q_where = q_rows[:, None] * q_stride + head * WIDTH + width[None, :]
-                q = tl.load(query + q_where, mask=q_there[:, None], other=0.0)
-                d = tl.load(grad_out + q_where, mask=q_there[:, None], other=0.0)
-                lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
-                row_delta = tl.load(delta + q_rows * HEADS + head, mask=q_there, other=0.0)
-                score = tl.dot(k, tl.trans(q)) * scale
                 seen = (k_position[:, None] <= q_position[None, :]) & q_there[None, :]
-                probability = tl.where(seen, tl.exp(score - lse[None, :]), 0.0)
-                grad_v += tl.dot(probability.to(tl.bfloat16), d)
-                slope = probability * (tl.dot(v, tl.trans(d)) - row_delta[None, :]) * scale
-                grad_k += tl.dot(slope.to(tl.bfloat16), q)
+                grad_k, grad_v = _with_key_gradient(
+                    grad_k,
+                    grad_v,
+                    k,
+                    v,
+                    query,
+                    grad_out,
+                    log_sum,
+                    delta,
+                    q_rows,
+                    q_there,
+                    seen,
+                    head,
+                    width,
+                    scale,
+                    HEADS,
+                    WIDTH,
+                )
         kv_where = part * T * kv_stride + k_where
         out_type = grad_key.dtype.element_ty
         tl.store(grad_key + kv_where, grad_k.to(out_type), mask=k_there[:, None])
@@ -366,7 +407,7 @@ def _attention_backward_prefix(
     # afterwards.
     chunk, kv_head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width = tl.arange(0, WIDTH)
-    q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
+    kv_stride = HEADS // GROUP * WIDTH
     k_rows = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     k_there = k_rows < prefix
     k_where = k_rows[:, None] * kv_stride + kv_head * WIDTH + width[None, :]
@@ -379,17 +420,25 @@ def _attention_backward_prefix(
         for q0 in range(0, CHUNK, BLOCK_Q):
             q_rows = prefix + chunk * CHUNK + q0 + tl.arange(0, BLOCK_Q)
             q_there = q_rows < T
-            q_where = q_rows[:, None] * q_stride + head * WIDTH + width[None, :]
-            q = tl.load(query + q_where, mask=q_there[:, None], other=0.0)
-            d = tl.load(grad_out + q_where, mask=q_there[:, None], other=0.0)
-            lse = tl.load(log_sum + q_rows * HEADS + head, mask=q_there, other=0.0)
-            row_delta = tl.load(delta + q_rows * HEADS + head, mask=q_there, other=0.0)
-            score = tl.dot(k, tl.trans(q)) * scale
             seen = k_there[:, None] & q_there[None, :]
-            probability = tl.where(seen, tl.exp(score - lse[None, :]), 0.0)
-            grad_v += tl.dot(probability.to(tl.bfloat16), d)
-            slope = probability * (tl.dot(v, tl.trans(d)) - row_delta[None, :]) * scale
-            grad_k += tl.dot(slope.to(tl.bfloat16), q)
+            grad_k, grad_v = _with_key_gradient(
+                grad_k,
+                grad_v,
+                k,
+                v,
+                query,
+                grad_out,
+                log_sum,
+                delta,
+                q_rows,
+                q_there,
+                seen,
+                head,
+                width,
+                scale,
+                HEADS,
+                WIDTH,
+            )
     kv_where = chunk * prefix * kv_stride + k_where
     tl.store(grad_key + kv_where, grad_k, mask=k_there[:, None])
     tl.store(grad_value + kv_where, grad_v, mask=k_there[:, None])
