@@ -15,7 +15,7 @@ train: $(VENV)/.ready  ## the real job: Gemma-2B on MedMCQA; make train ARGS="qu
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(COV) $(ARGS)
 
-coverage:  ## all tests, then the lines and branches of medqlora/ that most of them ran; fails below 90 %
+coverage:  ## all tests, then the lines and branches of medqlora/ that they ran; fails below 90 %
 	$(MAKE) test COV='--cov --cov-report=term'
 
 mutants: $(VENV)/.ready-dev  ## changes scoring, packing and statistics a thousand times: does a test notice? Half an hour

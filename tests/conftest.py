@@ -57,31 +57,9 @@ LONGEST = (
 """Tests that take a minute each: begun first, lest a worker be left alone with one at the end."""
 
 
-UNTRACED = (
-    *LONGEST,
-    "tests/finetuning/test_checkpoints.py",
-    "tests/test_benchmark.py",
-    "tests/test_conf.py",
-    "tests/test_docs.py",
-    "tests/test_every_option.py",
-    "tests/test_faults.py",
-    "tests/test_five_options.py",
-    "tests/test_fuzz.py",
-    "tests/test_hub.py",
-    "tests/test_lm_eval.py",
-    "tests/test_notebooks.py",
-    "tests/test_wheel.py",
-)
-"""Tests that run whole commands again and again. Where coverage is measured it leaves them out but
-for their fixtures: it doubles their time, and nearly all they run is run by others."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest first; the others keep their order."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
-    for item in items:
-        if item.nodeid.startswith(UNTRACED):
-            item.add_marker("no_cover")
 
 
 @pytest.fixture(scope="module", autouse=True)
