@@ -1,7 +1,6 @@
 """Triton kernels for NF4 weights under LoRA and for attention within short questions.
 
-Imported on CUDA only, by `operators`, which says what each function computes; `plain` computes the
-same.
+Imported on CUDA only, by `operators`, which says what each function computes, also in plain torch.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """The operators of the fast path: Triton kernels compute them on CUDA, plain torch elsewhere.
 
-`torch.compile` and CUDA graphs take them as they are.
+`torch.compile` and CUDA graphs take them as they are. Plain torch says what the kernels have to
+agree with; its attention goes over all pairs of tokens of a row, nothing to train with.
 """
 
 from types import ModuleType
@@ -8,16 +9,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from medqlora.acceleration import plain
 
+def _kernels() -> ModuleType:
+    from medqlora.acceleration import kernels  # Triton is there on CUDA only
 
-def _at(tensor: Tensor) -> ModuleType:
-    """The module that computes where a tensor is."""
-    if tensor.is_cuda:
-        from medqlora.acceleration import kernels  # Triton is there on CUDA only
-
-        return kernels
-    return plain
+    return kernels
 
 
 @torch.library.custom_op("medqlora::effective_weight", mutates_args=())
@@ -67,24 +63,38 @@ def effective_weight(
     Returns:
         The weight in bfloat16 or float8_e4m3fn.
     """
-    return _at(packed).effective_weight(
-        packed,
-        absmax,
-        absmax_scale,
-        absmax_code,
-        absmax_offset,
-        code,
-        lora_a,
-        lora_b,
-        scaling,
-        out_features,
-        in_features,
-        block_size,
-        out_scale,
-        float8,
-        transpose,
-        again,
-    )
+    if packed.is_cuda:
+        return _kernels().effective_weight(
+            packed,
+            absmax,
+            absmax_scale,
+            absmax_code,
+            absmax_offset,
+            code,
+            lora_a,
+            lora_b,
+            scaling,
+            out_features,
+            in_features,
+            block_size,
+            out_scale,
+            float8,
+            transpose,
+            again,
+        )
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()
+    constants = absmax.float()
+    if absmax_scale is not None:
+        assert absmax_code is not None
+        assert absmax_offset is not None
+        scales = absmax_scale.repeat_interleave(256)[: absmax.numel()]
+        constants = absmax_code[absmax.long()] * scales + absmax_offset
+    weight = code[codes.long()].view(-1, block_size) * constants[:, None]
+    weight = weight.view(out_features, in_features)
+    if lora_a is not None and lora_b is not None:
+        weight = weight + scaling * (lora_b.float() @ lora_a.float())
+    weight = (weight * out_scale).to(torch.float8_e4m3fn if float8 else torch.bfloat16)
+    return weight.t().contiguous() if transpose else weight
 
 
 @effective_weight.register_fake
@@ -126,7 +136,9 @@ def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, T
         Gradient of `down` in bfloat16, (token, rank), and of `lora_b` in float32, both without the
         adapter's scaling.
     """
-    return _at(grad).lora_gradient(grad, down, lora_b)
+    if grad.is_cuda:
+        return _kernels().lora_gradient(grad, down, lora_b)
+    return (grad.float() @ lora_b.float()).to(grad.dtype), grad.float().t() @ down.float()
 
 
 @lora_gradient.register_fake
@@ -171,7 +183,14 @@ def question_attention(
     References:
         Online softmax: Dao et al. 2022, arXiv:2205.14135.
     """
-    return _at(query).question_attention(query, key, value, boundaries, num_heads, scale, prefix)
+    if query.is_cuda:
+        return _kernels().question_attention(
+            query, key, value, boundaries, num_heads, scale, prefix
+        )
+    scores = _scores(query, key, boundaries, num_heads, scale, prefix)
+    log_sum = scores.logsumexp(-1)
+    out = (scores - log_sum[..., None]).exp() @ _heads(value, query, num_heads)
+    return _tokens(out).to(query.dtype), log_sum.t().contiguous()
 
 
 @question_attention.register_fake
@@ -194,9 +213,20 @@ def question_attention_backward(
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `question_attention` for query, key and value, summed in a fixed order."""
-    return _at(grad_out).question_attention_backward(
-        grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale, prefix
+    if grad_out.is_cuda:
+        return _kernels().question_attention_backward(
+            grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale, prefix
+        )
+    scores = _scores(query, key, boundaries, num_heads, scale, prefix)
+    shares = (scores - log_sum.t()[..., None]).exp()
+    grad, q, k, v, o = (_heads(t, query, num_heads) for t in (grad_out, query, key, value, out))
+    grad_scores = shares * (grad @ v.mT - (grad * o).sum(-1, keepdim=True)) * scale
+    group = query.shape[1] // key.shape[1]
+    grad_key, grad_value = (
+        _tokens(t.unflatten(0, (-1, group)).sum(1)) for t in (grad_scores.mT @ q, shares.mT @ grad)
     )
+    grad_query = _tokens(grad_scores @ k)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 @question_attention_backward.register_fake
@@ -219,3 +249,26 @@ def _attention_gradient(ctx, grad_out, grad_log_sum):
 
 
 question_attention.register_autograd(_attention_gradient, setup_context=_keep)
+
+
+def _scores(
+    query: Tensor, key: Tensor, boundaries: Tensor, num_heads: int, scale: float, prefix: int
+) -> Tensor:
+    """(head, query, key) in float32, -inf where a token does not see another."""
+    token = torch.arange(query.shape[0], device=query.device)
+    piece = torch.searchsorted(boundaries[1:].contiguous(), token, right=True)
+    seen = (piece[:, None] == piece) | (token < prefix)
+    seen &= token[:, None] >= token
+    scores = _heads(query, query, num_heads) @ _heads(key, query, num_heads).mT
+    return (scores * scale).masked_fill(~seen, float("-inf"))
+
+
+def _heads(x: Tensor, query: Tensor, num_heads: int) -> Tensor:
+    """(token, head * width) as (head, token, width) in float32, shared heads repeated."""
+    split = x.float().unflatten(1, (-1, query.shape[1] // num_heads)).transpose(0, 1)
+    return split.repeat_interleave(num_heads // split.shape[0], dim=0)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """The inverse of `_heads`, but for what was repeated."""
+    return x.transpose(0, 1).flatten(1)

@@ -15,7 +15,6 @@ from medqlora.acceleration import (
     accelerate,
     cover_padding,
     last_hidden,
-    plain,
     prepare_for_training,
 )
 from medqlora.acceleration.fused import why_not_fused
@@ -155,23 +154,19 @@ def test_computing_again_takes_less_memory(adapted):
 @pytest.mark.parametrize("prefix", [0, 3, 40])
 def test_the_kernels_agree_with_plain_torch(prefix):
     """To what bfloat16 holds: 1 % of the norm."""
-    from medqlora.acceleration import kernels
-
-    row, heads = rows(1, prefix=prefix)[0], 4
+    row, heads = fast_path.rows(1, prefix=prefix)[0], 4
     boundaries = F.pad(cover_padding(row.cu_seqlens, BUDGET, row.max_length), (1, 0))
     torch.manual_seed(0)
-    query, grad = (torch.randn(2, BUDGET, heads * 64, device="cuda", dtype=torch.bfloat16)).unbind()
-    key, value = (torch.randn(2, BUDGET, 64, device="cuda", dtype=torch.bfloat16)).unbind()
-    fixed = (boundaries, heads, 0.125, prefix)
-    results = []
-    for module in (kernels, plain):
-        out = module.question_attention(query, key, value, *fixed)
-        back = module.question_attention_backward(grad, query, key, value, *out, *fixed)
-        results.append((*out, *back))
-    down, lora_b = (
-        torch.randn(BUDGET, 16, device="cuda"),
-        torch.randn(heads * 64, 16, device="cuda"),
-    )
-    products = [module.lora_gradient(grad, down, lora_b) for module in (kernels, plain)]
-    for first, second in (*zip(*results, strict=True), *zip(*products, strict=True)):
+    query, grad = torch.randn(2, BUDGET, heads * 64, dtype=torch.bfloat16)
+    key, value = torch.randn(2, BUDGET, 64, dtype=torch.bfloat16)
+    down, lora_b = (torch.randn(n, 16, dtype=torch.bfloat16) for n in (BUDGET, heads * 64))
+    operators, results = torch.ops.medqlora, []
+    for device in ("cuda", "cpu"):
+        q, k, v, g = (t.to(device) for t in (query, key, value, grad))
+        fixed = (boundaries.to(device), heads, 0.125, prefix)
+        out = operators.question_attention(q, k, v, *fixed)
+        back = operators.question_attention_backward(g, q, k, v, *out, *fixed)
+        of_adapter = operators.lora_gradient(g, down.to(device), lora_b.to(device))
+        results.append([t.cpu() for t in (*out, *back, *of_adapter)])
+    for first, second in zip(*results, strict=True):
         assert relative(first, second) < 0.01
