@@ -32,7 +32,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from medqlora.acceleration import last_hidden, use_packed_attention
+from medqlora.acceleration import last_hidden, one_stream, use_packed_attention
 from medqlora.acceleration.fused import LINEARS, FusedBackbone, why_not_fused
 from medqlora.schema import PackedBatch
 
@@ -248,7 +248,8 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
 
     result: dict[str, Any] = asdict(run)
     if not run.score:
-        seconds, first, peak = timed(step, rows)
+        with one_stream(torch.device("cuda")):
+            seconds, first, peak = timed(step, rows)
         result |= {
             "training_questions_per_second": round(count_of(rows) / seconds, 1),
             "ms_per_step": round(1000 * seconds / run.steps, 2),

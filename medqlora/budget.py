@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
 from medqlora import pipeline
+from medqlora.acceleration import one_stream
 from medqlora.acceleration.backbone import Checkpointing
 from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
 from medqlora.errors import ConfigError, ModelError
@@ -258,11 +259,12 @@ def take_updates(
             second has everything alive at once.
     """
     assert module.loss is not None
-    for _ in range(num_updates):
-        total, count = module.loss(module.model, row, module.letter_rows, module.letter_ids)
-        (total / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with one_stream(row.input_ids.device):
+        for _ in range(num_updates):
+            total, count = module.loss(module.model, row, module.letter_rows, module.letter_ids)
+            (total / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def random_row(token_budget: int, vocab_size: int) -> PackedBatch:

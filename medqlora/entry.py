@@ -157,9 +157,10 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
 
 def _wants_gpu(cfg: DictConfig) -> bool:
-    """Whether this worker of joblib has to find a GPU; a cluster gives each job its own."""
+    """Whether this worker on one machine has to find a GPU; a cluster gives each job its own."""
     on_gpu = (cfg.get("trainer") or {}).get("accelerator") in ("gpu", "cuda")
-    return on_gpu and "joblib" in str(HydraConfig.get().launcher._target_)
+    launcher = str(HydraConfig.get().launcher._target_)
+    return on_gpu and launcher.endswith(("JoblibLauncher", "LocalLauncher"))
 
 
 def _why_not_here(verb: str) -> ConfigError | None:

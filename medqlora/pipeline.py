@@ -550,17 +550,17 @@ def build_trainer(
     cfg: Config, run_dir: Path, callbacks: Mapping[str, Callback], loggers: list[Logger]
 ) -> Trainer:
     """Lightning's Trainer for one run."""
-    strategy = cfg["trainer"].get("strategy")
-    several: dict[str, Any] = {}
+    strategy, device = cfg["trainer"].get("strategy"), device_of(cfg)
+    where: dict[str, Any] = {"devices": [device.index]} if device.type == "cuda" else {}
     if strategy in STRATEGIES:
-        several = {
+        where = {
             "strategy": AdapterParallel(shard_base=strategy == "fsdp"),
             "devices": processes.local_world_size(),
             "num_nodes": processes.world_size() // processes.local_world_size(),
         }
     return make(
         cfg["trainer"],
-        **several,
+        **where,
         callbacks=list(callbacks.values()),
         logger=loggers,
         default_root_dir=str(run_dir),

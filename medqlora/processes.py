@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from medqlora.errors import ConfigError
 
@@ -98,41 +98,42 @@ def largest(number: int) -> int:
     return int(tensor)
 
 
-_taken: list[IO[str]] = []
+_taken: list[int] = []
+"""Open files whose locks say that a GPU is this process's, until it ends."""
 
 
 def take_gpu() -> None:
-    """Take a GPU of this machine that no other worker has, and hide the others from this process.
+    """Take a GPU of this machine that no other worker has; it is the current device from now on.
 
-    The first job of a worker must call it before CUDA starts; the GPU is given back when the
-    process ends. Which GPUs there are is what CUDA_VISIBLE_DEVICES says, or else all; Slurm may
-    number those of each of its jobs from 0, so they are told apart by job.
+    The first job of a worker must call it before it uses CUDA; the GPU is given back when the
+    process ends. The others cannot be hidden any more: imports have started CUDA, which reads
+    CUDA_VISIBLE_DEVICES once. That variable names the GPUs there are; Slurm may number those of
+    each of its jobs from 0, so they are told apart by job.
 
     Raises:
         ConfigError: If there are fewer GPUs than workers.
     """
     if _taken:
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        import torch
+    import torch
 
-        visible = ",".join(map(str, range(torch.cuda.device_count())))
-    names = [name for name in visible.split(",") if name]
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else list(map(str, range(count)))
     owner = f"{os.getuid()}-{os.environ.get('SLURM_JOB_ID', 'host')}"
-    for name in names:
+    for index, name in enumerate(names[:count]):
         file = Path(tempfile.gettempdir()) / f"medqlora-gpu-{owner}-{name}.lock"
-        lock = file.open("w")
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.close()
+            os.close(lock)
             continue
         _taken.append(lock)
-        os.environ["CUDA_VISIBLE_DEVICES"] = name
+        torch.cuda.set_device(index)
         return
-    if names:  # without any, `trainer=gpu` is refused in its own words
+    if count:  # without any, `trainer=gpu` is refused in its own words
         raise ConfigError(
-            f"all GPUs of this machine ({len(names)}) are taken by other jobs. Add "
-            f"hydra.launcher.n_jobs={len(names)}, so that each job has one of its own."
+            f"all GPUs of this machine ({count}) are taken by other jobs. Let each job have one of "
+            f"its own: hydra/launcher=joblib hydra.launcher.n_jobs={count}."
         )

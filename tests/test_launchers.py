@@ -76,14 +76,20 @@ def test_a_sweep_on_a_cluster_composes():
 
 
 def worker(visible: str, folder: Path, **slurm: str) -> subprocess.Popen[str]:
-    """A process that takes a GPU, says which it sees, and ends when its input does."""
+    """A process that takes a GPU, says which, and ends when its input does.
+
+    What torch says of GPUs is made up: there are those that CUDA_VISIBLE_DEVICES names.
+    """
     code = (
-        "import os, sys\n"
+        "import os, sys, torch\n"
         "from medqlora.errors import ConfigError\n"
         "from medqlora.processes import take_gpu\n"
+        "names = os.environ['CUDA_VISIBLE_DEVICES'].split(',')\n"
+        "chosen = []\n"
+        "torch.cuda.device_count, torch.cuda.set_device = lambda: len(names), chosen.append\n"
         "try:\n"
         "    take_gpu(), take_gpu()\n"
-        "    print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+        "    print(*(names[index] for index in chosen), flush=True)\n"
         "except ConfigError as error:\n"
         "    print(error, flush=True)\n"
         "sys.stdin.read()\n"

@@ -13,6 +13,7 @@ from medqlora.acceleration.backbone import (
     prepare_for_training,
 )
 from medqlora.acceleration.compilation import Acceleration, accelerate
+from medqlora.acceleration.fused import one_stream
 
 __all__ = [
     "PACKED_ATTENTION",
@@ -22,6 +23,7 @@ __all__ = [
     "find_backbone",
     "hidden_states",
     "last_hidden",
+    "one_stream",
     "packed_attention",
     "prepare_for_training",
     "use_packed_attention",

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 CompileMode = Literal["none", "default", "cuda_graphs", "auto"]
 
 CUDA_GRAPHS_UP_TO = 8192
-"""Tokens a row up to which launching kernels costs more than running them."""
+"""Tokens a row up to which launching kernels costs more than running them; twice as many where
+layers are computed again, which launches them again, the MLP piece by piece."""
 
 VARIANTS = 128
 """Compiled variants of one function that are kept. The jobs of a sweep share them where adapter and
@@ -113,7 +114,8 @@ class Acceleration:
         if torch.device(device).type != "cuda":
             return "none"
         recordable = self.gradient_checkpointing != "offload"
-        return "cuda_graphs" if recordable and token_budget <= CUDA_GRAPHS_UP_TO else "default"
+        limit = CUDA_GRAPHS_UP_TO * (2 if self.gradient_checkpointing else 1)
+        return "cuda_graphs" if recordable and token_budget <= limit else "default"
 
 
 def accelerate(

@@ -11,10 +11,10 @@ program each. And behind the last attention only the tokens that are scored are 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -226,7 +226,7 @@ class FusedBackbone:
         self._backbone: Any = find_backbone(model)
         config = self._backbone.config
         adapter, largest, block_size = (0.0, 0.0), 0.0, 64
-        for module in self._backbone.modules():
+        for module in self._backbone.layers.modules():
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             if state is not None:
                 block_size = state.blocksize
@@ -273,7 +273,7 @@ class FusedBackbone:
 
     def _call(self, batch: PackedBatch, keep: Tensor | None) -> Tensor:
         row = Row(batch.input_ids, batch.position_ids, batch.cu_seqlens, keep)
-        forward = partial(
+        forward = functools.partial(
             self.forward, max_length=batch.max_length, prefix_length=batch.prefix_length
         )
         if not (self.cuda_graphs and torch.is_grad_enabled() and self._parameters):
@@ -358,6 +358,32 @@ class FusedBackbone:
         return cosine[positions], sine[positions]
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def one_stream(device: torch.device) -> Iterator[None]:
+    """Run what is inside, and its backward passes, on the stream on which graphs are recorded.
+
+    cuBLAS keeps a workspace for every stream and every thread that multiplied once: a tenth of a GB
+    each. A graph cannot be recorded on the default stream. Does nothing on the CPU.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream, outer = _stream(device), torch.cuda.current_stream(device)
+    if stream != outer:
+        torch.cuda.empty_cache()  # what the other stream has left, this one cannot use
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        outer.wait_stream(stream)
+
+
 class _Graph:
     """A forward and a backward pass recorded as CUDA graphs, replayed for rows of the same shapes.
 
@@ -380,25 +406,29 @@ class _Graph:
             row.cu_seqlens.clone(),
             None if row.keep is None else row.keep.clone(),
         )
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        device = row.input_ids.device
+        with one_stream(device):
             for _ in range(2):  # compiles, and allocates what is allocated once
                 out = forward(self._row)
                 torch.autograd.grad(out, parameters, torch.zeros_like(out))
                 del out
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # the recorded passes have memory of their own
-        pool = torch.cuda.graph_pool_handle()
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # The data loader may copy the next row from its own thread meanwhile.
-        with torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
-            self._out = forward(self._row)
-        self._grad_out = torch.zeros_like(self._out)
-        with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
-            gradients = torch.autograd.grad(self._out, parameters, self._grad_out)
-            self._gradients = torch.cat([gradient.flatten() for gradient in gradients])
+        record = functools.partial(
+            torch.cuda.graph,
+            pool=torch.cuda.graph_pool_handle(),
+            stream=_stream(device),
+            # The data loader may copy the next row from its own thread meanwhile.
+            capture_error_mode="thread_local",
+        )
+        with one_stream(device):
+            with record(self._forward):
+                self._out = forward(self._row)
+            self._grad_out = torch.zeros_like(self._out)
+            with record(self._backward):
+                gradients = torch.autograd.grad(self._out, parameters, self._grad_out)
+                self._gradients = torch.cat([gradient.flatten() for gradient in gradients])
         self._out = self._out.detach()
 
     def __call__(self, row: Row) -> Tensor:
@@ -408,15 +438,23 @@ class _Graph:
         return _Replay.apply(self, *self.parameters)
 
     def replay_forward(self) -> Tensor:
-        """The output, in memory of its own."""
+        """The output, in memory of its own.
+
+        The pass writes where the gradients of the last one lie. Parameters that still hold them,
+        as within a window of several rows, first get copies.
+        """
+        place = self._gradients.untyped_storage().data_ptr()
+        for p in self.parameters:
+            if p.grad is not None and p.grad.untyped_storage().data_ptr() == place:
+                p.grad = p.grad.clone()
         self._forward.replay()
         return self._out.clone()
 
     def replay_backward(self, grad_out: Tensor) -> list[Tensor]:
-        """The gradients of the parameters, in memory of their own: they may be accumulated."""
+        """The gradients of the parameters, in memory of the graph that is theirs until it runs."""
         self._grad_out.copy_(grad_out)
         self._backward.replay()
-        pieces = self._gradients.clone().split([p.numel() for p in self.parameters])
+        pieces = self._gradients.split([p.numel() for p in self.parameters])
         return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
 
 

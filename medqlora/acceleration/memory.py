@@ -34,7 +34,7 @@ KNOWN_SHAPES: Mapping[str, Mapping[str, int]] = {
 _WORKING_MLP, _WORKING_HIDDEN = 7, 4
 """Tensors of a plain layer that live at once in its backward pass, by their width; fitted."""
 
-_CHUNK_MLP, _CHUNK_HIDDEN = 6, 2
+_CHUNK_MLP, _CHUNK_HIDDEN = 4, 2
 """Likewise for a piece of the MLP that the fast path computes again."""
 
 
@@ -89,8 +89,9 @@ def estimate_training_memory(
     linear weights in a layer:
 
         weights      n L weight_bits / 8 + vocabulary d embedding_bits / 8
-        adapter      L r sum(in + out) over the seven linear layers; as much for the gradients where
-                     the peak falls into the backward pass
+        adapter      L r sum(in + out) over the seven linear layers; through plain layers as much
+                     for the gradients. On the fast path few are there at the peak: it is where the
+                     backward pass begins
         optimiser    optimizer_bytes a weight of the adapter
         kept a layer T b ((2 d + 2 q + 2 k) + (2 d + 3 m)) on the fast path: input, its norm,
                      query, attention's result, key, value; input of the MLP, its norm, gate, up,
@@ -104,14 +105,14 @@ def estimate_training_memory(
         true         the inputs of attention and of the MLP, 2 T b d on the fast path; through plain
                      layers T b d, and what one layer keeps
         "offload"    likewise, in main memory; two tensors are on their way
-        working      fast path: two dequantised weights and c b (2 d + 6 m) for a piece of the MLP;
+        working      fast path: two dequantised weights and c b (2 d + 4 m) for a piece of the MLP;
                      nothing where nothing is computed again, as the peak is at the end of the
                      forward pass. Plain layers: T b (7 m + 4 d) for the gradients inside one layer,
                      and its dequantised weights, b n
 
-    The sums follow the code of the layers; the 6, the 7 and the 4 are fitted. Peaks that torch's
-    allocator reported for Gemma-2B stand in `tests/acceleration/test_memory.py`; nine are met
-    within 5 %, none was measured for "mlp", "offload" and layers again at long rows.
+    The sums follow the code of the layers; the factors of m and d in the last line are fitted.
+    Peaks that torch's allocator reported for Gemma-2B stand in `tests/acceleration/test_memory.py`;
+    eleven are met within 5 %, none was measured for "mlp" and "offload".
     The CUDA context and the libraries take about half a GB outside the allocator.
 
     Args:
@@ -146,12 +147,12 @@ def estimate_training_memory(
     weights = layers * a_layer * weight_bits / 8 + sizes["vocab_size"] * d * embedding_bits / 8
 
     again = gradient_checkpointing
-    in_flight, gradients = 0, adapter
+    in_flight, gradients = 0, 0 if fused else adapter
     if fused:
         attention, mlp = 2 * d + 2 * q + 2 * k, 2 * d + 3 * m
         if not again:
             kept = layers * attention + (layers - 1) * mlp
-            working, gradients = 0 if float8 else layers * a_layer, 0
+            working = 0 if float8 else layers * a_layer
         else:
             kept = layers * (attention + d if again == "mlp" else 2 * d)
             chunk = min(token_budget, max(MIN_CHUNK, -(-token_budget // MLP_CHUNKS)))

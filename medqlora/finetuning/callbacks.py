@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from medqlora import processes
+from medqlora.acceleration import one_stream
 from medqlora.errors import RunPruned, TrainingError
 from medqlora.finetuning.checkpoints import RunCheckpoints, between_updates
 from medqlora.finetuning.memory import OutOfMemory, is_out_of_memory
@@ -535,9 +536,10 @@ def fit(
     """
     stops = [c for c in trainer.callbacks if isinstance(c, GracefulStop)]  # type: ignore[attr-defined]
     try:
-        trainer.fit(
-            module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, **dataloaders
-        )
+        with one_stream(trainer.strategy.root_device):
+            trainer.fit(
+                module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, **dataloaders
+            )
     except _StopNow:
         number = stops[0].received or signal.SIGINT
         raise RunInterrupted(

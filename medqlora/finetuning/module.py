@@ -142,10 +142,14 @@ class MCQAModule(LightningModule):
         self.window_count.zero_()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Let AdaLoRA move its rank budget after the update, while the gradients are there."""
+        """Let AdaLoRA move its rank budget after the update, then let go of the gradients.
+
+        Lightning would keep them through the next forward pass, where a step is at its largest.
+        """
         super().optimizer_step(*args, **kwargs)
         if (tuner := self._adalora()) is not None:
             tuner.update_and_allocate(self.global_step + 1)
+        self.zero_grad()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Score one packed row of questions for ``val/accuracy`` and ``val/loss``."""

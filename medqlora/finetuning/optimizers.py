@@ -139,7 +139,7 @@ def _in_one_go(optimizer_class: type[Optimizer]) -> type[Optimizer]:
             """Join the gradients as the weights are; those of the parameters become views."""
             for whole, members in self._joined:
                 grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
-                whole.grad = torch.cat([grad.flatten() for grad in grads])
+                whole.grad = _end_to_end(grads)
                 for p, part in zip(members, _parts(whole.grad, members), strict=True):
                     p.grad = part
 
@@ -172,6 +172,18 @@ def _in_one_go(optimizer_class: type[Optimizer]) -> type[Optimizer]:
 
     InOneGo.__name__ = InOneGo.__qualname__ = optimizer_class.__name__
     return InOneGo
+
+
+def _end_to_end(tensors: list[Tensor]) -> Tensor:
+    """All numbers of contiguous tensors in one; no copy where they lie so, as after a graph."""
+    first, place = tensors[0], tensors[0].storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        here = tensor.untyped_storage().data_ptr() == storage and tensor.storage_offset() == place
+        if not (here and tensor.is_contiguous()):
+            return torch.cat([tensor.flatten() for tensor in tensors])
+        place += tensor.numel()
+    return first.as_strided((place - first.storage_offset(),), (1,))
 
 
 def _parts(flat: Tensor, like: list[nn.Parameter]) -> list[Tensor]:

@@ -45,16 +45,19 @@ def set_dropout(model, share: float) -> None:
             )
 
 
-def rows(count: int, *, seed: int = 0, prefix: int = 0, device: str = "cpu") -> list[PackedBatch]:
+def rows(
+    count: int, *, seed: int = 0, prefix: int = 0, device: str = "cpu", times: int = 1
+) -> list[PackedBatch]:
     """Full rows of questions of 20 to 100 tokens; the first one behind what they share tells."""
+    budget = times * BUDGET
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):
-        lengths = torch.randint(20, 100, (60,), generator=generator)
-        lengths = lengths[: int((prefix + lengths.cumsum(0) <= BUDGET).sum())]
+        lengths = torch.randint(20, 100, (60 * times,), generator=generator)
+        lengths = lengths[: int((prefix + lengths.cumsum(0) <= budget).sum())]
         number, ends = len(lengths), prefix + lengths.cumsum(0)
-        ids = torch.randint(3, VOCABULARY, (BUDGET,), generator=generator)
-        places = 64
+        ids = torch.randint(3, VOCABULARY, (budget,), generator=generator)
+        places = 64 * times
         boundaries = torch.full((places + 1,), int(ends[-1]), dtype=torch.int32)
         boundaries[0], boundaries[1 : number + 1] = prefix, ends
         last = torch.zeros(places, dtype=torch.long)
@@ -62,7 +65,7 @@ def rows(count: int, *, seed: int = 0, prefix: int = 0, device: str = "cpu") -> 
         answer = torch.full((places,), IGNORE)
         answer[:number] = ids[ends - lengths] % 4
         own = [prefix + torch.arange(n) for n in lengths.tolist()]
-        rest = torch.arange(BUDGET - int(ends[-1]))
+        rest = torch.arange(budget - int(ends[-1]))
         positions = torch.cat([torch.arange(prefix), *own, rest])
         found.append(
             PackedBatch(

@@ -152,6 +152,10 @@ def test_the_compile_mode_follows_device_and_row_length():
     assert Acceleration().compile_mode("cuda", 2048) == "cuda_graphs"
     assert Acceleration().compile_mode("cuda", 16384) == "default"
     assert Acceleration(compile="default").compile_mode("cpu", 2048) == "default"
+    again = Acceleration(gradient_checkpointing=True)
+    assert [again.compile_mode("cuda", n) for n in (16384, 32768)] == ["cuda_graphs", "default"]
+    offload = Acceleration(gradient_checkpointing="offload")
+    assert offload.compile_mode("cuda", 2048) == "default"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from medqlora.acceleration.fused import (
     why_other_layers,
 )
 from medqlora.quantization import QuantConfig, load_base
+from medqlora.quantization.embedding import QuantizedEmbedding
 from tests.acceleration.fast_path import (
     LINEARS,
     adapt,
@@ -128,6 +129,19 @@ def test_a_base_without_adapter_scores_on_it(folder):
 
 
 # --- which models take it -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_setting_it_up_dequantises_no_embedding(folder, monkeypatch, float8):
+    """That of Gemma-2B would take a GB, more than all of the base."""
+    base = load_base(folder, QuantConfig("nf4", embedding="nf4"), device="cpu")
+
+    def dequantize(self):
+        raise AssertionError("the whole table was dequantised")
+
+    monkeypatch.setattr(QuantizedEmbedding, "dequantize", dequantize)
+    assert why_other_layers(base) is None
+    enable_fused(base, compile=False, float8=float8)
 
 
 def test_a_model_takes_it_on_a_gpu_only(adapted):

@@ -20,6 +20,20 @@ def final_gradients(module):
     return {n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad}
 
 
+def fit_keeping_gradients(trainer, module, rows):
+    """The gradients of the last update, which lets go of them."""
+    kept, let_go = {}, module.zero_grad
+
+    def keep_first(*args):
+        if any(p.grad is not None for p in module.parameters()):
+            kept.update(final_gradients(module))
+        let_go(*args)
+
+    module.zero_grad = keep_first
+    trainer.fit(module, Loader(rows))
+    return kept
+
+
 @pytest.mark.parametrize("loss", ["choice", "token", "explanation"])
 def test_an_update_is_the_mean_over_all_positions_of_the_window(
     loss, make_module, make_trainer, rows
@@ -27,8 +41,8 @@ def test_an_update_is_the_mean_over_all_positions_of_the_window(
     """Rows hold 4, 2 and 5 questions: the mean of three row means would weigh them wrongly."""
     window = rows[:3]
     module = make_module("none", "lora_r4", loss=loss, seed=3)
-    make_trainer(max_steps=1, accumulate_grad_batches=3).fit(module, Loader(window))
-    ours = final_gradients(module)
+    trainer = make_trainer(max_steps=1, accumulate_grad_batches=3)
+    ours = fit_keeping_gradients(trainer, module, window)
 
     other = make_module("none", "lora_r4", loss=loss, seed=3)
     other.model.train()
@@ -44,20 +58,28 @@ def test_a_short_last_window_is_a_mean_as_well(make_module, make_trainer, rows):
     module = make_module("none", "lora_r4", seed=3, scheduler="constant")
     module.make_scheduler = None
     trainer = make_trainer(max_epochs=1, accumulate_grad_batches=4)
-    trainer.fit(module, Loader(rows[:1]))
+    ours = fit_keeping_gradients(trainer, module, rows[:1])
     other = make_module("none", "lora_r4", seed=3)
     other.model.train()
     total, count = other.loss(other.model, rows[0], other.letter_rows, other.letter_ids)
     (total / count).backward()
     for name, expected in final_gradients(other).items():
-        torch.testing.assert_close(final_gradients(module)[name], expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_clipping_sees_the_mean_and_not_the_sum(make_module, make_trainer, rows):
     module = make_module("none", "lora_r4")
-    make_trainer(max_steps=1, gradient_clip_val=1e-3).fit(module, Loader(rows))
-    norm = torch.stack([g.norm() for g in final_gradients(module).values()]).norm()
+    trainer = make_trainer(max_steps=1, gradient_clip_val=1e-3)
+    gradients = fit_keeping_gradients(trainer, module, rows)
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     torch.testing.assert_close(norm, torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+def test_gradients_do_not_outlive_an_update(make_module, make_trainer, rows):
+    """They would be there in the next forward pass, where a step is at its largest."""
+    module = make_module("none", "lora_r4")
+    make_trainer(max_steps=2).fit(module, Loader(rows))
+    assert all(p.grad is None for p in module.parameters())
 
 
 def test_the_logged_loss_is_a_mean_per_question_in_nats(make_module, make_trainer, rows):

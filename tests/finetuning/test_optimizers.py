@@ -106,6 +106,22 @@ def test_gathered_gradients_are_those_that_the_update_sees():
         assert torch.allclose(p.grad, torch.full_like(p, (3 * 64 * 64) ** -0.5))
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_gradients_that_lie_end_to_end_are_joined_where_they_are(order):
+    """As a recorded pass leaves them; in another order they have to be moved."""
+    parameters = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(3)]
+    named = [(f"{i}.lora_A", p) for i, p in enumerate(parameters)]
+    optimizer: Any = optimizers.adamw_8bit(named, lr=1)
+    numbers = torch.arange(3 * 64 * 64.0)
+    for place, piece in zip(order, numbers.split(64 * 64), strict=True):
+        parameters[place].grad = piece.view(64, 64)
+    expected = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    optimizer.gather_gradients()
+    [whole] = optimizer.param_groups[0]["params"]
+    assert torch.equal(whole.grad, expected)
+    assert (whole.grad.data_ptr() == numbers.data_ptr()) == (order == [0, 1, 2])
+
+
 def test_norms_biases_and_vectors_do_not_decay():
     named = [
         ("layer.lora_A.weight", torch.nn.Parameter(torch.ones(2, 3))),
