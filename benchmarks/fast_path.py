@@ -248,7 +248,7 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
 
     result: dict[str, Any] = asdict(run)
     if not run.score:
-        with one_stream(torch.device("cuda")):
+        with one_stream(rows[0].input_ids.device):
             seconds, first, peak = timed(step, rows)
         result |= {
             "training_questions_per_second": round(count_of(rows) / seconds, 1),

@@ -28,7 +28,7 @@ MARKS = {
     "loop": ("o", "#0072b2", "bare loop"),
     "float8": ("s", "#cc79a7", "bare loop, 8-bit floats"),
     "command": ("D", "#009e73", "python -m medqlora.train"),
-    "peer": ("^", "#d55e00", "peers"),
+    "peer": ("^", "#d55e00", "peers: questions a step"),
 }
 
 
@@ -58,16 +58,17 @@ def draw(points: list[dict], path: Path) -> None:
                     label=f"{name}, {card}",
                 )  # fmt: skip
     for point in points:
-        if point["kind"] == "peer":
-            rate = point["questions_per_second"]
-            axes.text(
-                point["tokens"] * 1.15, rate * 0.97, f"{point['label']}: {rate:,.0f}", fontsize=9
-            )
-    axes.set(xscale="log", yscale="log", xlim=(24, 90_000), ylim=(50, 4000))
+        rate = point["questions_per_second"]
+        name = f"{point['label']}: " if point["kind"] == "peer" else ""
+        if point["kind"] in ("peer", "command"):
+            colour = MARKS[point["kind"]][1]
+            place = (point["tokens"] * 1.16, rate)
+            axes.text(*place, f"{name}{rate:,.0f}", color=colour, fontsize=9, va="center")
+    axes.set(xscale="log", yscale="log", xlim=(24, 90_000), ylim=(15, 4000))
     ticks = [64, 256, 1024, 2048, 4096, 16_384, 65_536]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_yticks([50, 100, 200, 500, 1000, 2000, 4000], ["50", "100", "200", "500", "1,000",
-                    "2,000", "4,000"])  # fmt: skip
+    rates = [20, 50, 100, 200, 500, 1000, 2000, 4000]
+    axes.set_yticks(rates, [f"{rate:,}" for rate in rates])
     axes.minorticks_off()
     axes.grid(color="#ddd", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -368,20 +368,21 @@ def one_stream(device: torch.device) -> Iterator[None]:
     """Run what is inside, and its backward passes, on the stream on which graphs are recorded.
 
     cuBLAS keeps a workspace for every stream and every thread that multiplied once: a tenth of a GB
-    each. A graph cannot be recorded on the default stream. Does nothing on the CPU.
+    each. A graph cannot be recorded on the default stream. Does nothing on the CPU, nor inside of
+    itself.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.current_stream(device) == _stream(device):
         yield
         return
     stream, outer = _stream(device), torch.cuda.current_stream(device)
-    if stream != outer:
-        torch.cuda.empty_cache()  # what the other stream has left, this one cannot use
     stream.wait_stream(outer)
+    torch.cuda.empty_cache()  # what one stream has left, another cannot use
     try:
         with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
         outer.wait_stream(stream)
+        torch.cuda.empty_cache()
 
 
 class _Graph:

@@ -382,7 +382,7 @@ def _get_rng() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()  # of this process's GPU, whichever it is
     return state
 
 
@@ -392,8 +392,8 @@ def _set_rng(state: Mapping[str, Any]) -> None:
     name, numbers, *rest = state["numpy"]
     np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and isinstance(state.get("cuda"), torch.Tensor):
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _plain(value: Any) -> Any:
