@@ -6,12 +6,10 @@ tokens or settings of this machine, and none leaves anything behind.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import logging
 import os
-import pkgutil
 import sys
 import tempfile
 import warnings
@@ -37,20 +35,15 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-TRACED = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("COVERAGE_PROCESS_")}
-"""Environment of a process whose lines are to count as well, which takes it twice the time."""
-
-if TRACED and "PYTEST_XDIST_WORKER" in os.environ:
-    # This worker would be traced for itself as well. Ours starts later: what is large comes first.
-    sys.modules["coverage"].Coverage.current().stop()
-    for _name in ("torch", "transformers", "datasets", "peft", "lightning", "bitsandbytes"):
-        importlib.import_module(_name)
-
 # Imported here, behind the environment it reads; torch.compile cannot trace through the checks.
 if not importlib.import_module("torch").cuda.is_available():
     check_package("medqlora")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+TRACED = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("COVERAGE_PROCESS_")}
+"""Environment of a process whose lines are to count as well, which takes it twice the time."""
 
 
 LONGEST = (
@@ -64,65 +57,9 @@ LONGEST = (
 """Tests that take a minute each: begun first, lest a worker be left alone with one at the end."""
 
 
-UNTRACED = (
-    "tests/assets/test_tiny_gemma.py",
-    "tests/data/test_hub.py",
-    "tests/finetuning/test_checkpoints.py::test_a_killed_run",
-    "tests/finetuning/test_checkpoints.py::test_a_kill_while_writing",
-    "tests/finetuning/test_checkpoints.py::test_validation_in_mid_epoch",
-    "tests/finetuning/test_module.py",
-    "tests/test_conf.py",
-    "tests/test_distributed.py",
-    "tests/test_docs.py",
-    "tests/test_every_option.py",
-    "tests/test_faults.py",
-    "tests/test_five_options.py",
-    "tests/test_hub.py",
-    "tests/test_launchers.py",
-    "tests/test_layers.py",
-    "tests/test_lm_eval.py",
-    "tests/test_masking.py",
-    "tests/test_notebooks.py",
-    "tests/test_readme.py",
-    "tests/test_resume.py",
-    "tests/test_sweep.py::test_a_hundred_jobs",
-    "tests/test_sweep.py::test_a_sweep_is_one_group",
-    "tests/test_sweep.py::test_adapters_over_one_base",
-    "tests/test_sweep.py::test_every_job_of_a_named_sweep",
-    "tests/test_train.py",
-    "tests/test_wheel.py",
-)
-"""Tests under which `make coverage` does not trace this process, which takes half as long again.
-
-What they run of the package is run by others as well.
-"""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest first; the others keep their order."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
-
-
-def pytest_collection_finish() -> None:
-    """Import the package while it is traced: a test that is not may be the first to need it."""
-    if "coverage" in sys.modules and sys.modules["coverage"].Coverage.current():
-        for module in pkgutil.walk_packages([str(ROOT / "medqlora")], "medqlora."):
-            with contextlib.suppress(ImportError):  # of Triton, which is not on every machine
-                importlib.import_module(module.name)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Trace what is worth it."""
-    coverage = sys.modules.get("coverage")
-    tracer = coverage.Coverage.current() if coverage else None
-    if tracer is None or not item.nodeid.startswith(UNTRACED):
-        return (yield)
-    tracer.stop()
-    try:
-        return (yield)
-    finally:
-        tracer.start()
 
 
 @pytest.fixture(scope="module", autouse=True)
