@@ -408,13 +408,6 @@ class _Graph:
             None if row.keep is None else row.keep.clone(),
         )
         device = row.input_ids.device
-        with one_stream(device):
-            for _ in range(2):  # compiles, and allocates what is allocated once
-                out = forward(self._row)
-                torch.autograd.grad(out, parameters, torch.zeros_like(out))
-                del out
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()  # the recorded passes have memory of their own
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         record = functools.partial(
             torch.cuda.graph,
@@ -424,6 +417,12 @@ class _Graph:
             capture_error_mode="thread_local",
         )
         with one_stream(device):
+            for _ in range(2):  # compiles, and allocates what is allocated once
+                out = forward(self._row)
+                torch.autograd.grad(out, parameters, torch.zeros_like(out))
+                del out
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # the recorded passes have memory of their own
             with record(self._forward):
                 self._out = forward(self._row)
             self._grad_out = torch.zeros_like(self._out)
