@@ -1,6 +1,7 @@
 """The tiny model on two CPU cores, beside the plain way: padded batches and the whole head.
 
     python benchmarks/cpu.py --output cpu.json
+    python benchmarks/cpu.py --vocabulary 256000 --questions 32
 
 The plain way is what a script around transformers, bitsandbytes and peft does: questions of the
 bundled sample in batches of 8, padded to the longest, `model(input_ids, attention_mask, labels)`
@@ -9,6 +10,8 @@ scoring, lm-evaluation-harness's way, one row for each of the four continuations
 and the packed rows of `train experiment=quickstart`, 2,048 tokens each, without Lightning's loop
 around them. Both compute in float32 and see the same questions. Each rate is the best of three
 passes behind a warm-up; both run with one thread and with two, the better one counts for each.
+`--vocabulary` gives the bundled model as many words as it says, the new ones random: Gemma has
+256,000.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,12 +28,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqlora import pipeline
 from medqlora.budget import optimizer_of
 from medqlora.config import compose
 from medqlora.data import MedMCQADataModule
 from medqlora.data.tokenization import TextEncoder
+from medqlora.hub import resolve_path
 from medqlora.quantization import load_base
 from medqlora.schema import LETTERS, PackedBatch, Question
 
@@ -119,6 +125,15 @@ def ours(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[s
     return {"training": train, "scoring": score}
 
 
+def with_vocabulary(path: str, words: int, folder: Path) -> Path:
+    """A copy of a model whose embedding, which is also its head, has so many words."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.resize_token_embeddings(words, mean_resizing=False)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return folder
+
+
 def best_rate(act: Callable[[], None], count: int) -> dict[str, float]:
     """Questions a second, by the number of threads."""
     rates = {}
@@ -140,6 +155,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--questions", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, help="words of the head; the bundled ones else")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     cfg = compose("train", ["experiment=quickstart"])
@@ -147,9 +163,13 @@ def main() -> None:
     data.setup()
     questions = data.questions["train"][: arguments.questions]
     result: dict[str, Any] = {"questions": len(questions), "load": os.getloadavg()[0]}
-    for name, make in (("plain", plain), ("ours", ours)):
-        for what, act in make(cfg, questions, data).items():
-            result[f"{name} {what}"] = best_rate(act, len(questions))
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.vocabulary:
+            path = resolve_path(str(cfg.model.path))
+            cfg.model.path = str(with_vocabulary(path, arguments.vocabulary, Path(folder)))
+        for name, make in (("plain", plain), ("ours", ours)):
+            for what, act in make(cfg, questions, data).items():
+                result[f"{name} {what}"] = best_rate(act, len(questions))
     for what in ("training", "scoring"):
         pair = [max(result[f"{name} {what}"].values()) for name in ("ours", "plain")]
         result[f"{what} ratio"] = round(pair[0] / pair[1], 1)

@@ -2,7 +2,7 @@
 
     python benchmarks/fast_path.py check lengths.txt
     python benchmarks/fast_path.py speed lengths.txt 16384,profile 16384,float8 2048,cuda_graphs
-    python benchmarks/fast_path.py speed lengths.txt 16384,dropout=0.05 1024,layers 32768,mlp
+    python benchmarks/fast_path.py speed lengths.txt 16384,dropout=0.05,per=row 1024,layers 8192,mlp
 
 A random Gemma-2B (18 layers, width 2048, random weights: speed and memory are real, loss means
 nothing), NF4 with double quantisation, LoRA r=16 on the seven linears, float32 adapter weights,
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import numpy as np
@@ -179,6 +179,7 @@ class Run:
     cuda_graphs: bool = False
     checkpointing: str = "none"
     dropout: float = 0.0
+    per: Literal["token", "row"] = "token"
     profile: bool = False
     score: bool = False
     steps: int = 20
@@ -186,7 +187,7 @@ class Run:
 
     @classmethod
     def parse(cls, text: str) -> Run:
-        """Read `TOKENS[,float8][,cuda_graphs][,mlp|layers|offload][,dropout=P]...`.
+        """Read `TOKENS[,float8][,cuda_graphs][,mlp|layers|offload][,dropout=P][,per=row]...`.
 
         `profile` adds the kernels of one step, `score` leaves training out.
         """
@@ -200,6 +201,8 @@ class Run:
             elif word.startswith(("steps=", "prefix=")):
                 name, value = word.split("=")
                 options[name] = int(value)
+            elif word in ("per=token", "per=row"):
+                options["per"] = word.removeprefix("per=")
             elif word in ("float8", "cuda_graphs", "profile", "score"):
                 options[word] = True
             else:
@@ -235,6 +238,7 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
         float8=run.float8,
         gradient_checkpointing=CHECKPOINTING[run.checkpointing],
         cuda_graphs=run.cuda_graphs,
+        dropout_per=run.per,
     )
 
     def step(batch: PackedBatch) -> None:

@@ -8,10 +8,11 @@ r"""Training and scoring as a user runs them, beside what a user would run inste
 Every run is a process of its own. `--ours` are whole commands, `python -m medqlora.train`, with
 Lightning, logging, loading and the clipped paged 8-bit AdamW of the defaults; `--epoch` trains on
 all of 182,822 questions and validates on 5,000 more. Options behind the tokens of a row: float8,
-mlp, layers, offload (what is computed again backwards), nf4_full, steps=N, dropout=P, and any
-override of Hydra. The questions are random words with the lengths in tokens that
-`--lengths` names, one a line; the model is any folder with Gemma's weights and a tokenizer: random
-weights have the real speed and memory, and a loss that means nothing.
+mlp, layers, offload (what is computed again backwards), nf4_full, steps=N, dropout=P, profile (what
+the device does in ten steps, and for how long nothing), and any override of Hydra. The questions
+are random words with the lengths in tokens that `--lengths` names, one a line; the model is any
+folder with Gemma's weights and a tokenizer: random weights have the real speed and memory, and a
+loss that means nothing.
 
 Peers come from a script that prints `RESULT {json}`; the harness is lm-evaluation-harness, whose
 MedMCQA task is asked about the same questions with the same NF4 weights. Memory "by the driver"
@@ -40,7 +41,20 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTING = {"mlp": "mlp", "layers": "true", "offload": "offload"}
 EPOCH, NUM_VAL = 182_822, 5_000
-MEMORY_MARK = "DRIVER "
+MEMORY_MARK, PROFILE_MARK = "DRIVER ", "PROFILE "
+PROFILED = range(40, 50)
+"""Steps of a run that are profiled."""
+
+KERNELS = {
+    "matrix products": "gemm|nvjet|cutlass|xmma|splitK|cublas",
+    "attention": "_attention|_with_key",
+    "weights from 4 bits, adapter folded in": "_effective_weight|[dD]equant",
+    "gradients of the adapter": "_lora_gradient",
+    "optimizer": "[oO]ptimizer|multi_tensor|lpnorm",
+    "copies from main memory": "HtoD",
+    "GELU, norms, residuals, loss": "",
+}
+"""What a kernel is for, by the first pattern that its name matches."""
 
 
 def write_questions(path: Path, tokenizer: Any, lengths: np.ndarray, count: int, seed: int) -> None:
@@ -83,7 +97,7 @@ class DriverMemory(threading.Thread):
         super().__init__(daemon=True)
         import torch
 
-        self.torch, self.peak = torch, 0
+        self.torch, self.peak, self.ended = torch, 0, threading.Event()
         if not torch.cuda.is_available():
             return
         torch.zeros(1, device="cuda")
@@ -97,10 +111,60 @@ class DriverMemory(threading.Thread):
         return total - free
 
     def run(self) -> None:
-        """Poll for as long as the process lives."""
-        while True:
+        """Poll until told to end."""
+        while not self.ended.wait(0.005):
             self.peak = max(self.peak, self.used() - self.before)
-            time.sleep(0.005)
+
+    def peak_gb(self) -> float:
+        """The most that was used; a thread that still polls would not survive the interpreter."""
+        self.ended.set()
+        if self.is_alive():
+            self.join()
+        return self.peak / 1e9
+
+
+def device_time(events: list[tuple[str, float, float]]) -> dict[str, Any]:
+    """What a device did and for how long it did nothing, from names, starts and ends in us."""
+    first, last = min(start for _, start, _ in events), max(end for *_, end in events)
+    shares, busy, covered, uncovered = dict.fromkeys(KERNELS, 0.0), 0.0, first, 0.0
+    for name, start, end in sorted(events, key=lambda event: event[1]):
+        kind = next(kind for kind, pattern in KERNELS.items() if re.search(pattern, name))
+        shares[kind] += end - start
+        alone = max(0.0, end - max(start, covered))
+        busy, covered = busy + alone, max(covered, end)
+        uncovered += alone if "HtoD" in name else 0.0
+    steps = 1e3 * len(PROFILED)
+    shares |= {"nothing": last - first - busy, "copies with nothing beside them": uncovered}
+    return {"a step": round((last - first) / steps, 2)} | {
+        kind: round(total / steps, 3) for kind, total in shares.items()
+    }
+
+
+def profile_steps() -> None:
+    """Print what the device does in some steps of the training that follows in this process."""
+    import lightning
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from medqlora import pipeline
+
+    class Profiled(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            if index == PROFILED.start:
+                torch.cuda.synchronize()
+                self.profiler = profile(activities=[ProfilerActivity.CUDA]).__enter__()
+            elif index == PROFILED.stop:
+                torch.cuda.synchronize()
+                self.profiler.__exit__(None, None, None)
+                events = [
+                    (event.name, event.time_range.start, event.time_range.end)
+                    for event in self.profiler.events() or ()
+                    if event.device_type == torch.autograd.DeviceType.CUDA
+                ]
+                print(PROFILE_MARK + json.dumps(device_time(events)), flush=True)
+
+    build = pipeline.build_callbacks
+    pipeline.build_callbacks = lambda *args: build(*args) | {"profiled": Profiled()}
 
 
 def run_verb(verb: str, overrides: list[str]) -> None:
@@ -109,11 +173,14 @@ def run_verb(verb: str, overrides: list[str]) -> None:
     import medqlora  # noqa: F401
 
     memory = DriverMemory()
+    if "profile" in overrides:
+        overrides.remove("profile")
+        profile_steps()
     sys.argv = [f"medqlora.{verb}", *overrides]
     try:
         runpy.run_module(f"medqlora.{verb}", run_name="__main__")
     finally:
-        print(f"{MEMORY_MARK}{memory.peak / 1e9:.3f}", flush=True)
+        print(f"{MEMORY_MARK}{memory.peak_gb():.3f}", flush=True)
 
 
 def overrides_of(text: str) -> tuple[list[str], dict[str, Any]]:
@@ -169,8 +236,11 @@ def run_ours(
         if ended.returncode:
             return result | {"failed": (ended.stdout + ended.stderr)[-2000:]}
         metrics = json.loads((run_dir / "metrics.json").read_text())
-    driver = [line for line in ended.stdout.splitlines() if line.startswith(MEMORY_MARK)]
-    result["driver_gb"] = float(driver[-1].removeprefix(MEMORY_MARK))
+    for line in ended.stdout.splitlines():
+        if line.startswith(MEMORY_MARK):
+            result["driver_gb"] = float(line.removeprefix(MEMORY_MARK))
+        elif line.startswith(PROFILE_MARK):
+            result["profile_ms"] = json.loads(line.removeprefix(PROFILE_MARK))
     section = metrics["train"] if verb == "train" else metrics["scoring"]["test"]
     wanted = ("num_steps", "num_questions", "questions_per_second", "tokens_per_second", "seconds")
     wanted += ("fill_fraction", "peak_memory_gb", "first_step_seconds", "num_timed")

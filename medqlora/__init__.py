@@ -19,6 +19,9 @@ if sys.argv[:1] == ["-m"]:
     # holes are left between tensors.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # cuBLAS takes 32 MiB on a Hopper for every stream and thread that multiplies; a quarter is as
+    # fast here (`benchmarks/README.md`).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
 
 # On the CPU bitsandbytes looks for a faster kernel on the hub and warns when the finder is not
 # installed.

@@ -264,11 +264,10 @@ def _check_processes(cfg: Config) -> None:
             "in between. Set acceleration.compile=auto, or choose trainer=ddp."
         )
     if strategy == "fsdp":
-        if acceleration.fused == "on" or acceleration.float8:
+        if acceleration.of_fast_path:
             raise ConfigError(
-                "acceleration.fused=on and float8=true read 4-bit weights that trainer=fsdp does "
-                "not have. Set acceleration.fused=auto acceleration.float8=false, or choose "
-                "trainer=ddp."
+                f"acceleration.{acceleration.of_fast_path[0]} reads 4-bit weights that "
+                "trainer=fsdp does not have. Leave it out, or choose trainer=ddp."
             )
         quant = make(cfg["quant"])
         if quant.changes_weights:

@@ -17,9 +17,8 @@ log = logging.getLogger(__name__)
 
 CompileMode = Literal["none", "default", "cuda_graphs", "auto"]
 
-CUDA_GRAPHS_UP_TO = 8192
-"""Tokens a row up to which launching kernels costs more than running them; twice as many where
-layers are computed again, which launches them again, the MLP piece by piece."""
+CUDA_GRAPHS_UP_TO = 16_384
+"""Tokens a row up to which passes are recorded: a busy CPU launches their kernels too late."""
 
 VARIANTS = 128
 """Compiled variants of one function that are kept. The jobs of a sweep share them where adapter and
@@ -28,7 +27,7 @@ shapes agree and add to them where not; past torch's own limit of 8, compilation
 
 @dataclass(frozen=True)
 class Acceleration:
-    """How rows are run. Nothing here changes a result beyond rounding, but for `float8`.
+    """How rows are run. Beyond rounding, only `float8` and `dropout_per` change a result.
 
     Attributes:
         compile: "none", "default", "cuda_graphs", or "auto": none on the CPU, where the compiler
@@ -40,6 +39,9 @@ class Acceleration:
         gradient_checkpointing: What the backward pass computes again: False nothing, "mlp" the MLP
             of each layer, True the whole layer, "offload" the whole layer with its input kept in
             main memory.
+        dropout_per: What the inputs that `peft.lora_dropout` drops are drawn for: each "token", as
+            peft does, or a whole "row" on the fast path, where dropout then costs nothing. That
+            drops columns of A: dropout of the factors, as in Lin et al. 2024, arXiv:2404.09610.
         num_threads: Threads of a CPU operation; None for one a core.
 
     Raises:
@@ -50,6 +52,7 @@ class Acceleration:
     fused: Literal["auto", "on", "off"] = "auto"
     float8: bool = False
     gradient_checkpointing: Checkpointing = False
+    dropout_per: Literal["token", "row"] = "token"
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +64,10 @@ class Acceleration:
         if self.fused not in ("auto", "on", "off"):
             raise ConfigError(
                 f"acceleration.fused={self.fused} is not known. Choose auto, on or off."
+            )
+        if self.dropout_per not in ("token", "row"):
+            raise ConfigError(
+                f"acceleration.dropout_per={self.dropout_per} is not known. Choose token or row."
             )
         if self.gradient_checkpointing not in (False, True, "mlp", "offload"):
             raise ConfigError(
@@ -78,11 +85,21 @@ class Acceleration:
                 f"more, "
                 "or null for one a core."
             )
-        if self.float8 and self.fused == "off":
+        if self.fused == "off" and self.of_fast_path:
             raise ConfigError(
-                "acceleration.float8=true has no effect with acceleration.fused=off: only the fast "
-                "path multiplies in 8 bits. Set acceleration.fused=auto."
+                f"acceleration.{self.of_fast_path[0]} has no effect with acceleration.fused=off: "
+                "only the fast path does that. Set acceleration.fused=auto."
             )
+
+    @property
+    def of_fast_path(self) -> list[str]:
+        """The options that were chosen and take effect on the fast path only."""
+        chosen = {
+            "fused=on": self.fused == "on",
+            "float8=true": self.float8,
+            "dropout_per=row": self.dropout_per == "row",
+        }
+        return [option for option, wanted in chosen.items() if wanted]
 
     def check_device(self, device: torch.device | str) -> None:
         """Refuse what has no effect on a device.
@@ -91,16 +108,13 @@ class Acceleration:
             ConfigError: If the options need CUDA, or a newer GPU, and the device is none.
         """
         kind = torch.device(device).type
-        for option, wanted in (
-            ("compile=cuda_graphs", self.compile == "cuda_graphs"),
-            ("fused=on", self.fused == "on"),
-            ("float8=true", self.float8),
-        ):
-            if wanted and kind != "cuda":
-                raise ConfigError(
-                    f"acceleration.{option} has no effect on {kind}: it needs a CUDA device. Leave "
-                    "it out, or choose trainer=gpu."
-                )
+        of_cuda = ["compile=cuda_graphs"] if self.compile == "cuda_graphs" else []
+        of_cuda += self.of_fast_path
+        if of_cuda and kind != "cuda":
+            raise ConfigError(
+                f"acceleration.{of_cuda[0]} has no effect on {kind}: it needs a CUDA device. Leave "
+                "it out, or choose trainer=gpu."
+            )
         if self.float8 and torch.cuda.get_device_capability(device) < (8, 9):
             raise ConfigError(
                 "acceleration.float8=true needs a GPU of compute capability 8.9 or more (Ada, "
@@ -114,8 +128,8 @@ class Acceleration:
         if torch.device(device).type != "cuda":
             return "none"
         recordable = self.gradient_checkpointing != "offload"
-        limit = CUDA_GRAPHS_UP_TO * (2 if self.gradient_checkpointing else 1)
-        return "cuda_graphs" if recordable and token_budget <= limit else "default"
+        recorded = recordable and token_budget <= CUDA_GRAPHS_UP_TO
+        return "cuda_graphs" if recorded else "default"
 
 
 def accelerate(
@@ -149,13 +163,13 @@ def accelerate(
             float8=options.float8,
             gradient_checkpointing=options.gradient_checkpointing,
             cuda_graphs=mode == "cuda_graphs",
+            dropout_per=options.dropout_per,
         )
         return f"fast path, compile={mode}" + (", float8" if options.float8 else "")
-    if options.fused == "on" or options.float8:
-        option = "fused=on" if options.fused == "on" else "float8=true"
+    if options.of_fast_path:
         raise ConfigError(
-            f"acceleration.{option} cannot take effect because {reason}. Set acceleration.fused="
-            "auto and acceleration.float8=false, or change that."
+            f"acceleration.{options.of_fast_path[0]} cannot take effect because {reason}. Leave it "
+            "out, or change that."
         )
     if mode != "none":
         find_backbone(model).compile(

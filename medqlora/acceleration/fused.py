@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,8 @@ class Sizes:
         block_size: Weights that share a constant.
         weight_scale: Factor that brings the weights into the range of 8-bit floats; 0 for bfloat16.
         dropout: Share of the inputs of an adapter that are dropped in training.
+        dropout_per: Whether other inputs are dropped for each "token", or the same in a whole
+            "row", which leaves the adapter folded into its weight.
         keep_weights: Whether a dequantised weight may be kept for the backward pass.
         prefix_length: Tokens at the front of a row that its questions share.
     """
@@ -106,6 +108,7 @@ class Sizes:
     block_size: int
     weight_scale: float = 0.0
     dropout: float = 0.0
+    dropout_per: Literal["token", "row"] = "token"
     keep_weights: bool = True
     prefix_length: int = 0
 
@@ -212,6 +215,7 @@ class FusedBackbone:
             memory.
         cuda_graphs: Record training passes once and replay them: for short rows, where launching
             kernels takes longer than running them.
+        dropout_per: What the inputs that an adapter drops are drawn for; see `Sizes`.
     """
 
     def __init__(
@@ -222,6 +226,7 @@ class FusedBackbone:
         float8: bool = False,
         gradient_checkpointing: Checkpointing = False,
         cuda_graphs: bool = False,
+        dropout_per: Literal["token", "row"] = "token",
     ) -> None:
         self._backbone: Any = find_backbone(model)
         config = self._backbone.config
@@ -248,6 +253,7 @@ class FusedBackbone:
             if float8
             else 0.0,
             dropout=adapter[1],
+            dropout_per=dropout_per,
             keep_weights=not gradient_checkpointing,
         )
         self.layers = [_layer(layer) for layer in self._backbone.layers]
@@ -561,8 +567,11 @@ def _rotate(
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
     a, b = linear.lora_a, linear.lora_b
     if a is not None and b is not None:
+        if sizes.dropout and sizes.dropout_per == "row":
+            # Dropping the same inputs of all tokens is dropping columns of A.
+            a = a * F.dropout(torch.ones(in_features, device=a.device), sizes.dropout)
         a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
-        if sizes.dropout:
+        if sizes.dropout and sizes.dropout_per == "token":
             # Only what the adapter reads is dropped, so it cannot be folded into the weight.
             down = F.dropout(x, sizes.dropout) @ a.t()
             plain = _FoldedLinear.apply(

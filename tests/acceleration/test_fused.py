@@ -11,6 +11,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from medqlora.acceleration import (
@@ -53,13 +54,13 @@ def adapted(folder):
     return adapt(folder, "cpu")
 
 
-def set_up(model, *, fused: bool = True, again: Any = False, dropout: float = 0.0):
+def set_up(model, *, fused: bool = True, again: Any = False, dropout: float = 0.0, **options):
     """A copy of the model, ready to be trained, on the fast path or on its plain layers."""
     model = copy.deepcopy(model)
     set_dropout(model, dropout)
     prepare_for_training(model, again)
     if fused:
-        enable_fused(model, compile=False, gradient_checkpointing=again)
+        enable_fused(model, compile=False, gradient_checkpointing=again, **options)
     return model
 
 
@@ -102,9 +103,10 @@ def test_the_loss_curve_is_that_of_plain_layers(adapted):
     assert distance(curve(set_up(adapted), steps=10), plain) < 0.01
 
 
-def test_dropout_keeps_its_expectation_and_ends_with_training(adapted):
+@pytest.mark.parametrize("per", ["token", "row"])
+def test_dropout_keeps_its_expectation_and_ends_with_training(adapted, per):
     row = rows(1)[0]
-    model = set_up(adapted, dropout=0.1)
+    model = set_up(adapted, dropout=0.1, dropout_per=per)
     torch.manual_seed(0)
     passes = torch.stack([run(model, row)[0] for _ in range(8)]).float()
     assert relative(passes[0], passes[1]) > 1e-3, "the same inputs were dropped twice"
@@ -114,6 +116,17 @@ def test_dropout_keeps_its_expectation_and_ends_with_training(adapted):
     assert relative(still, run(set_up(adapted), row)[0]) < 1e-6
     spread = float((passes - still.float()).norm(dim=(1, 2)).mean())
     assert float((passes.mean(0) - still.float()).norm()) < 0.5 * spread
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_dropout_of_a_row_drops_the_same_inputs_of_all_its_tokens(adapted, again):
+    """They are columns of A without gradient; those that the forward pass drew, computed again."""
+    torch.manual_seed(7)
+    _, gradients = run(set_up(adapted, dropout=0.5, dropout_per="row", again=again), rows(1)[0])
+    first = next(g for n, g in gradients.items() if "layers.0.self_attn.q_proj.lora_A" in n)
+    torch.manual_seed(7)
+    kept = F.dropout(torch.ones(first.shape[1]), 0.5) > 0
+    assert torch.equal((first != 0).any(0), kept)
 
 
 def test_a_base_without_adapter_scores_on_it(folder):

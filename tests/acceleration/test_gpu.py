@@ -105,11 +105,12 @@ def test_the_loss_curve_is_that_of_plain_layers(adapted, plain_curve, options, t
     assert distance(curve(set_up(adapted, options)), plain_curve) < tolerance
 
 
-@pytest.mark.parametrize("name", ["eager", "compiled", "cuda_graphs", "layers"])
-def test_dropout_keeps_the_fast_path_and_its_expectation(adapted, name):
+@pytest.mark.parametrize("per", ["token", "row"])
+@pytest.mark.parametrize("name", ["eager", "compiled", "cuda_graphs", "layers_cuda_graphs"])
+def test_dropout_keeps_the_fast_path_and_its_expectation(adapted, name, per):
     """Each pass drops other inputs; the mean over passes comes near the pass without dropout."""
     row = rows(1)[0]
-    model = set_up(adapted, FAST[name], dropout=0.1)
+    model = set_up(adapted, {**FAST[name], "dropout_per": per}, dropout=0.1)
     assert why_not_fused(model) is None
     passes = torch.stack([run(model, row)[0] for _ in range(24)]).float()
     assert relative(passes[0], passes[1]) > 1e-3, "the same inputs were dropped twice"
