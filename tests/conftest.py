@@ -42,10 +42,6 @@ if not importlib.import_module("torch").cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 
 
-TRACED = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("COVERAGE_PROCESS_")}
-"""Environment of a process whose lines are to count as well, which takes it twice the time."""
-
-
 LONGEST = (
     "tests/test_distributed.py",
     "tests/test_resume.py",

@@ -7,8 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, get_args
 
@@ -28,23 +28,40 @@ def check_package(name: str) -> None:
 
 
 class _Finder(MetaPathFinder):
+    """Finds what the other finders find, one of which may ask this one in turn."""
+
     def __init__(self, package: str) -> None:
-        self.package = package
+        self.package, self.asked = package, set[str]()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] != self.package:
+        if fullname.partition(".")[0] != self.package or fullname in self.asked:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        self.asked.add(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        self.asked.remove(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
-class _Loader(SourceFileLoader):
+class _Loader(Loader):
+    """Checks what another loader has made: it may count lines, for one."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
     def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
+        self.loader.exec_module(module)
         kinds = [
             name
             for name, value in vars(module).items()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from medqlora.config import compose
 from medqlora.train import train
-from tests.conftest import ROOT, TRACED
+from tests.conftest import ROOT
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
@@ -51,7 +51,7 @@ def start(options: list[str], run_dir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*torchrun, *verb, *options, f"hydra.run.dir={run_dir}"],
         cwd=run_dir.parent,
-        env={**os.environ, **TRACED, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
