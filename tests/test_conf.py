@@ -24,9 +24,6 @@ from medqlora.errors import ConfigError
 from medqlora.evaluation import config_hash
 from medqlora.runs import resolved
 
-# Thousands of compositions: seen line by line they take twice as long, and other tests compose too.
-pytestmark = pytest.mark.no_cover
-
 ROOTS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
 OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONFIG_DIR.glob("*/*.yaml") if path.is_file()

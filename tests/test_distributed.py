@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,38 @@ def test_a_base_that_is_shared_out_stops_resumes_and_ends_as_copies_of_it_do(
     for key in ("num_steps", "num_questions", "fill_fraction"):
         assert ended["train"][key] == expected["train"][key], key
     assert ended["val"] == expected["val"]
+
+
+@pytest.fixture(scope="module")
+def alone(options, tmp_path_factory) -> Path:
+    """A run of two updates without torchrun."""
+    return train(compose("train", [*options, *SHORT, "trainer=cpu"]), tmp_path_factory.mktemp("a"))
+
+
+SHORT = ["trainer.max_epochs=null", "trainer.max_steps=2", "data.limit_val=0", "data.limit_test=0"]
+
+
+@pytest.fixture
+def torchrun_of_one(monkeypatch) -> None:
+    """The environment in which `torchrun` starts a single process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
+    for name, value in {**values, "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_torchrun_with_one_process_makes_the_run_of_no_torchrun(
+    trainer, alone, options, tmp_path, torchrun_of_one
+):
+    run_dir = train(compose("train", [*options, *SHORT, f"trainer={trainer}"]), tmp_path / "run")
+    assert (run_dir / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()
+    assert metrics_of(run_dir)["train"]["num_processes"] == 1
+    assert metrics_of(run_dir)["command"].startswith("torchrun --nproc-per-node 1 -m ")
+    assert not torch.distributed.is_initialized(), "the process can begin another run"
 
 
 # --- what does not go together --------------------------------------------------------------------

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
+from medqlora import processes
 from medqlora.config import CONFIG_DIR
+from medqlora.errors import ConfigError
 from medqlora.evaluation import read_run
 from tests.conftest import ROOT
 
@@ -75,52 +81,66 @@ def test_a_sweep_on_a_cluster_composes():
     assert cfg.hydra.launcher.partition == "gpu"
 
 
-def worker(visible: str, folder: Path, **slurm: str) -> subprocess.Popen[str]:
-    """A process that takes a GPU, says which, and ends when its input does.
+@pytest.fixture
+def worker(tmp_path, monkeypatch) -> Iterator[Callable[..., list[str]]]:
+    """`worker("2,GPU-5f")` takes a GPU as the first and second job of a worker; the names it chose.
 
-    What torch says of GPUs is made up: there are those that CUDA_VISIBLE_DEVICES names.
+    A lock belongs to an open file, so that one process plays many workers by opening many. What
+    torch says of GPUs is made up: there are those that CUDA_VISIBLE_DEVICES names.
     """
-    code = (
-        "import os, sys, torch\n"
-        "from medqlora.errors import ConfigError\n"
-        "from medqlora.processes import take_gpu\n"
-        "names = os.environ['CUDA_VISIBLE_DEVICES'].split(',')\n"
-        "chosen = []\n"
-        "torch.cuda.device_count, torch.cuda.set_device = lambda: len(names), chosen.append\n"
-        "try:\n"
-        "    take_gpu(), take_gpu()\n"
-        "    print(*(names[index] for index in chosen), flush=True)\n"
-        "except ConfigError as error:\n"
-        "    print(error, flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": visible, "TMPDIR": str(folder)} | slurm,
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    locks: list[int] = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def take(visible: str = "2,GPU-5f", **environment: str) -> list[str]:
+        names, chosen = visible.split(","), []
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names) if visible else 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: chosen.append(names[index]))
+        monkeypatch.setattr(processes, "_taken", taken := [])
+        try:
+            processes.take_gpu()
+            processes.take_gpu()
+        finally:
+            locks.extend(taken)
+        return chosen
+
+    yield take
+    for lock in locks:
+        os.close(lock)
 
 
-def test_each_worker_sees_a_gpu_of_its_own_and_one_too_many_is_told(tmp_path):
+def takes_and_waits(worker: Callable[..., list[str]], told: Connection) -> None:
+    told.send(worker())
+    time.sleep(600)
+
+
+def test_each_worker_sees_a_gpu_of_its_own_and_one_too_many_is_told(worker):
     """Killed or not, a worker that ends gives its GPU back."""
-    workers: list[subprocess.Popen[str]] = []
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    other = fork.Process(target=takes_and_waits, args=(worker, there))
+    other.start()
+    try:
+        assert here.poll(60)
+        assert here.recv() == ["2"]
+        assert worker() == ["GPU-5f"]
+        with pytest.raises(ConfigError, match=r"all GPUs of this machine \(2\) are taken") as told:
+            worker()
+        assert "hydra.launcher.n_jobs=2" in str(told.value)
+    finally:
+        other.kill()
+        other.join()
+    assert worker() == ["2"]
 
-    def told(visible: str = "2,GPU-5f", **slurm: str) -> str:
-        workers.append(worker(visible, tmp_path, **slurm))
-        assert workers[-1].stdout is not None
-        return workers[-1].stdout.readline().strip()
 
-    assert [told(), told()] == ["2", "GPU-5f"]
-    assert "all GPUs of this machine (2) are taken" in told()
-    workers[0].kill()
-    workers[0].wait()
-    assert told() == "2"
-    # In two jobs of Slurm the same number is not the same GPU; in one job it is.
-    assert [told("0", SLURM_JOB_ID=job) for job in ("7", "8")] == ["0", "0"]
-    assert "all GPUs of this machine (1) are taken" in told("0", SLURM_JOB_ID="8")
-    for process in workers[1:]:
-        process.communicate("")
-    assert {process.returncode for process in workers[1:]} == {0}
+def test_in_two_jobs_of_slurm_the_same_number_is_not_the_same_gpu(worker):
+    assert [worker("0", SLURM_JOB_ID=job) for job in ("7", "8")] == [["0"], ["0"]]
+    with pytest.raises(ConfigError, match=r"all GPUs of this machine \(1\) are taken"):
+        worker("0", SLURM_JOB_ID="8")
+
+
+def test_without_gpus_none_is_taken_and_the_run_says_so_in_its_own_words(worker, tmp_path):
+    assert worker("") == []
+    assert list(tmp_path.iterdir()) == []

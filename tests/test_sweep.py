@@ -337,7 +337,6 @@ def test_nothing_is_kept_when_a_sweep_has_ended(sweep, loads):
     assert loads == ["parse_rows", "_fill"] * 2
 
 
-@pytest.mark.no_cover  # memory is counted, not lines
 def test_a_hundred_jobs_in_one_process_leave_no_memory_behind(
     small, tmp_path, capsys, monkeypatch, loads
 ):

@@ -161,18 +161,82 @@ def test_the_compile_mode_follows_device_and_row_length():
     [
         {"compile": "fast"},
         {"fused": "yes"},
+        {"gradient_checkpointing": "attention"},
+        {"gradient_checkpointing": "offload", "compile": "cuda_graphs"},
+        {"num_threads": 0},
         {"float8": True, "fused": "off"},
     ],
 )
-def test_unknown_or_contradicting_options_are_refused(options):
-    with pytest.raises(ConfigError, match=r"acceleration\."):
+def test_unknown_or_contradicting_options_are_refused_by_name(options):
+    with pytest.raises(ConfigError) as told:
         Acceleration(**options)
+    for name in options:
+        assert f"acceleration.{name}=" in str(told.value)
 
 
 @pytest.mark.parametrize("options", [{"compile": "cuda_graphs"}, {"fused": "on"}, {"float8": True}])
 def test_options_for_cuda_are_refused_on_the_cpu(options, tiny_gemma):
     with pytest.raises(ConfigError, match="no effect on cpu"):
         accelerate(tiny_gemma, Acceleration(**options), "cpu", 2048)
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_multiplying_in_8_bits_needs_a_gpu_that_can(capability, fits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if fits:
+        Acceleration(float8=True).check_device("cuda")
+        return
+    with pytest.raises(ConfigError, match="Ada, Hopper and later") as told:
+        Acceleration(float8=True).check_device("cuda")
+    assert "acceleration.float8=false" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"), [({"fused": "on"}, "fused=on"), ({"float8": True}, "float8=true")]
+)
+def test_a_fast_path_that_is_asked_for_and_cannot_be_taken_is_an_error(
+    options, asked, tiny_gemma, monkeypatch
+):
+    """A GPU is there, and this model is none for it: it lies in main memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ConfigError) as told:
+        accelerate(tiny_gemma, Acceleration(compile="none", **options), "cuda", 2048)
+    assert f"acceleration.{asked} cannot take effect because the model is on cpu" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("compile", "tokens", "chosen", "mode"),
+    [
+        ("default", 2048, "default", None),
+        ("auto", 2048, "cuda_graphs", "reduce-overhead"),
+        ("auto", 16384, "default", None),
+    ],
+)
+def test_plain_layers_are_compiled_as_the_length_of_rows_asks(
+    compile, tokens, chosen, mode, tiny_gemma, monkeypatch
+):
+    """Shapes are fixed, names of parameters stay, and the jobs of a sweep find room for theirs."""
+    import torch._dynamo
+
+    asked: list[tuple[object, dict]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append((self, how)))
+    names = list(tiny_gemma.state_dict())
+    told = accelerate(tiny_gemma, Acceleration(compile=compile, fused="off"), "cuda", tokens)
+    assert told == f"plain layers (acceleration.fused=off), compile={chosen}"
+    assert asked == [(tiny_gemma.model, {"dynamic": False, "mode": mode})]
+    assert list(tiny_gemma.state_dict()) == names
+    assert torch._dynamo.config.recompile_limit >= 64
+
+
+def test_threads_are_those_that_were_asked_for(tiny_gemma):
+    before = torch.get_num_threads()
+    try:
+        accelerate(tiny_gemma, Acceleration(num_threads=3), "cpu", 2048)
+        assert torch.get_num_threads() == 3
+        accelerate(tiny_gemma, Acceleration(), "cpu", 2048)
+        assert torch.get_num_threads() == 3, "null changes nothing"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_on_the_cpu_a_model_runs_as_it_is(tiny_gemma):

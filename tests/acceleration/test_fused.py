@@ -17,6 +17,9 @@ from peft import LoraConfig, get_peft_model
 from medqlora.acceleration import (
     Acceleration,
     accelerate,
+    compilation,
+    find_backbone,
+    hidden_states,
     last_hidden,
     packed_attention,
     prepare_for_training,
@@ -40,6 +43,7 @@ from tests.acceleration.fast_path import (
     save_wide_gemma,
     set_dropout,
 )
+from tests.quantization.conftest import save_gemma
 
 operators: Any = torch.ops.medqlora
 
@@ -129,6 +133,17 @@ def test_dropout_of_a_row_drops_the_same_inputs_of_all_its_tokens(adapted, again
     assert torch.equal((first != 0).any(0), kept)
 
 
+def test_where_it_can_be_taken_it_is_and_everything_runs_on_it(adapted, monkeypatch):
+    """As on a GPU, which alone is made up."""
+    row, model = rows(1, prefix=3)[0], set_up(adapted, fused=False).eval()
+    monkeypatch.setattr(compilation, "why_not_fused", why_other_layers)
+    told = accelerate(model, Acceleration(compile="none", fused="on"), "cuda", 2048)
+    assert told == "fast path, compile=none"
+    monkeypatch.setattr(find_backbone(model), "forward", None)  # plain layers would call it
+    with torch.no_grad():
+        assert relative(hidden_states(model, row)[row.last], last_hidden(model, row)) < 0.01
+
+
 def test_a_base_without_adapter_scores_on_it(folder):
     row = rows(1)[0]
     model = adapt(folder, "cpu")
@@ -200,6 +215,12 @@ def test_adapters_that_are_off_merged_or_two_are_told(folder):
 )
 def test_storages_that_it_does_not_read_are_told(folder, options, reason):
     assert reason in str(why_other_layers(load_base(folder, QuantConfig(**options), device="cpu")))
+
+
+def test_sizes_that_its_kernels_do_not_take_are_told(tmp_path):
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 256}
+    base = load_base(str(save_gemma(tmp_path, **sizes)), QuantConfig("nf4"), device="cpu")
+    assert why_other_layers(base) == "q_proj is 192 x 192, not a multiple of 64 x 128"
 
 
 def test_models_that_are_no_gemma_are_told(folder):

@@ -205,7 +205,6 @@ def test_identical_seeds_reduce_to_the_paired_t_test_on_questions():
     assert (result.ci_low, result.ci_high) == pytest.approx((interval.low, interval.high))
 
 
-@pytest.mark.no_cover  # the same lines 120 times
 def test_mixed_comparison_covers_the_true_difference():
     """95 % intervals hold the truth in at least about 95 % of repeated experiments."""
     rng = np.random.default_rng(0)
