@@ -171,6 +171,146 @@ def test_a_gpu_is_told_by_what_it_multiplies(capability, status, words, monkeypa
     assert rows[0][0] == 1024
 
 
+def test_a_gpu_that_others_fill_is_told(monkeypatch):
+    card = SimpleNamespace(name="Card", total_memory=int(24e9), major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (int(3e9), int(24e9)))
+    (check,) = doctor.check_accelerator()
+    assert check.status == "warn"
+    assert "3.0 free" in check.found
+    assert "nvidia-smi" in check.advice
+
+
+@pytest.mark.parametrize(
+    ("there", "status", "words"), [(True, "pass", "cc there"), (False, "warn", "compiler missing")]
+)
+def test_a_gpu_without_a_compiler_is_told_what_is_missing(
+    there, status, words, monkeypatch, tmp_path
+):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if there else None)
+    (check,) = doctor.check_compiler()
+    assert check.status == status
+    assert words in check.found
+    assert ("acceleration.compile=none" in check.advice) is not there
+
+
+GROUP_LIMIT = {
+    "/proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 48828125 kB\n",
+    "/sys/fs/cgroup/memory.max": "8000000000\n",
+    "/sys/fs/cgroup/memory.current": "6000000000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "total", "free"),
+    [
+        (GROUP_LIMIT, 8, 2),
+        (GROUP_LIMIT | {"/sys/fs/cgroup/memory.max": "max\n"}, 64, 50),
+        ({"/proc/meminfo": GROUP_LIMIT["/proc/meminfo"]}, 64, 50),
+        ({}, 64, 64),
+    ],
+)
+def test_the_limit_of_a_container_is_its_memory(files, total, free, monkeypatch):
+    def read(self: Path, *arguments: Any, **options: Any) -> str:
+        if str(self) not in files:
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return files[str(self)]
+
+    monkeypatch.setattr(doctor, "hardware", lambda device: {"device": "CPU", "memory_gb": 64.0})
+    monkeypatch.setattr(Path, "read_text", read)
+    assert doctor.main_memory_gb() == pytest.approx((total, free))
+    check = by_name(list(doctor.check_machine()))["main memory"]
+    assert check.status == ("warn" if free < 3 else "pass")
+    assert f"{total:.1f} GB, {free:.1f} free" in check.found
+
+
+def test_memory_that_the_system_does_not_tell_is_unknown(monkeypatch):
+    monkeypatch.setattr(doctor, "main_memory_gb", lambda: (None, None))
+    assert by_name(list(doctor.check_machine()))["main memory"].status == "warn"
+    (check,) = doctor.check_memory(config())
+    assert check.status == "warn"
+    assert "unknown" in check.found
+
+
+@pytest.mark.parametrize(
+    ("free", "status", "advice"),
+    [
+        (1000.0, "pass", ""),
+        ("between", "warn", "acceleration.gradient_checkpointing=true"),
+        (0.5, "fail", "a larger device"),
+    ],
+)
+def test_the_longest_rows_that_fit_are_told_with_what_to_do_where_none_do(
+    free, status, advice, monkeypatch
+):
+    rows, *_ = doctor.memory_rows(config())
+    _, plain, light = rows[0]
+    room = (plain + light) / 2 if free == "between" else free
+    monkeypatch.setattr(doctor, "main_memory_gb", lambda: (2000.0, room))
+    (check,) = doctor.check_memory(config())
+    assert check.status == status
+    assert advice in check.advice
+    if free == "between":
+        longest = max(tokens for tokens, _, light in rows if light <= room)
+        assert f"up to {longest:,} in" in check.found
+        assert "with checkpointing only" in check.found
+
+
+def test_a_kernel_that_breaks_is_a_failed_check(monkeypatch):
+    import bitsandbytes.functional as bnb
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no\nkernel image")
+
+    monkeypatch.setattr(bnb, "quantize_4bit", broken)
+    (check,) = doctor.check_bitsandbytes()
+    assert (check.status, check.found) == ("fail", "RuntimeError: no, kernel image")
+    assert "Reinstall bitsandbytes" in check.advice
+
+
+def test_a_storage_or_method_that_cannot_be_made_is_a_failed_check(monkeypatch):
+    cfg = config()
+    cfg.quant.block_size = 100
+    checks = by_name(list(doctor.check_options(cfg)))
+    assert checks["quant"].status == "fail"
+    assert "block_size" in checks["quant"].found
+    assert checks["peft"].status == "pass"
+
+
+def test_what_was_downloaded_before_passes_without_a_hub(monkeypatch, tmp_path):
+    """Offline on purpose: no one is asked, and the caches of this machine decide."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor, "cached", lambda path, name, revision: None)
+    missing = by_name(list(doctor.check_hub(config(), 1)))
+    assert "HF_HUB_OFFLINE" in missing["hub"].found
+    names = ("model google/gemma-2b", "data set openlifescienceai/medmcqa")
+    assert [missing[name].status for name in names] == ["fail", "fail"]
+    (tmp_path / "datasets--openlifescienceai--medmcqa" / "snapshots" / "abc").mkdir(parents=True)
+    monkeypatch.setattr(doctor, "cached", lambda path, name, revision: f"/cache/{name}")
+    there = by_name(list(doctor.check_hub(config(), 1)))
+    assert [there[name].status for name in names] == ["pass", "pass"]
+
+
+def test_a_model_without_tokenizer_and_data_without_a_file_are_told(tmp_path, tiny_gemma_folder):
+    for file in Path(tiny_gemma_folder).iterdir():
+        if "token" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    checks = by_name(list(doctor.check_hub(config(f"model.path={tmp_path}", "data=files"), 1)))
+    model = checks[f"model {tmp_path}"]
+    assert (model.status, model.found) == ("fail", "has no tokenizer")
+    assert str(tmp_path) in model.advice
+    assert checks["data files"].found == "no file is given"
+    assert "data.train_file" in checks["data files"].advice
+
+
 def test_a_broken_4bit_kernel_fails(monkeypatch):
     import bitsandbytes.functional as bnb
 
@@ -201,6 +341,13 @@ def test_a_folder_is_checked_where_it_will_be_made(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_disk_that_is_full_fails_however_little_is_wanted(tmp_path, monkeypatch):
+    usage = SimpleNamespace(total=int(1e12), used=int(1e12), free=int(5e7))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
+    check = disk_check("disk", tmp_path, 0.0)
+    assert (check.status, check.advice) == ("fail", "Free some space.")
+
+
 @pytest.mark.parametrize(("key", "mode", "words"), [("x", "", "uploaded"), ("", "", "offline")])
 def test_wandb_is_online_only_with_a_key(key, mode, words, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", key)
@@ -211,6 +358,29 @@ def test_wandb_is_online_only_with_a_key(key, mode, words, monkeypatch, tmp_path
     monkeypatch.setenv("WANDB_MODE", "offline")
     (check,) = doctor.check_wandb()
     assert "offline" in check.found
+
+
+def test_without_wandb_a_run_can_log_into_its_folder(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    (check,) = doctor.check_wandb()
+    assert check.status == "warn"
+    assert "logger=csv" in check.advice
+
+
+def test_a_table_of_memory_is_left_out_where_it_cannot_be_estimated(
+    local_options, run_command, monkeypatch
+):
+    """The reason stands in the first table, and no traceback below it."""
+
+    def breaks(*arguments: Any) -> None:
+        raise RuntimeError("no estimate")
+
+    monkeypatch.setattr(doctor, "estimated_peak", breaks)
+    ended = run_command("doctor", *local_options)
+    assert ended.code == 1
+    assert "no estimate" in ended.out
+    assert "estimated peak of training" not in ended.out
+    assert "Traceback" not in ended.err
 
 
 def test_at_80_columns_names_stay_whole_and_what_to_do_stands_below():

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from medqlora import export as export_verb
 from medqlora import pipeline
@@ -22,6 +24,7 @@ from medqlora.config import compose
 from medqlora.data.medmcqa import read_questions
 from medqlora.evaluation import read_run
 from medqlora.export import Change, export
+from medqlora.finetuning.adapters import FULL_WEIGHTS
 from medqlora.quantization import dequantize, load_base
 from medqlora.schema import Prediction, Question
 from tests.conftest import ROOT
@@ -197,6 +200,8 @@ def test_the_card_states_numbers_with_intervals_baseline_licence_and_disclaimer(
     ("overrides", "word"),
     [
         (["format=gguf"], "convert_hf_to_gguf"),
+        (["format=onnx"], "Choose merged or adapter."),
+        (["run=null"], "run=runs/DAY/TIME"),
         (["split=train"], "split=train"),
         (["limit=-1"], "limit=-1"),
         (["max_shard_size=abc"], "2GB"),
@@ -215,6 +220,72 @@ def test_a_request_that_cannot_work_ends_in_one_line_and_leaves_nothing(
     assert ended.code == 2
     assert len(ended.errors) == 1
     assert word in ended.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("splits", "overrides", "words"),
+    [
+        ({"val_file": None}, ["split=val"], "choose split="),
+        ({"test_file": "/gone.jsonl"}, [], "limit=0 to leave the measurement out"),
+    ],
+)
+def test_data_that_are_gone_are_told_with_the_way_to_do_without(
+    splits, overrides, words, trained_run, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    written["data"] |= splits
+    (run / "config.yaml").write_text(yaml.safe_dump(written))
+    with pytest.raises(export_verb.MedQLoRAError) as told:
+        export(config(run, f"output={tmp_path / 'out'}", *overrides))
+    assert words in str(told.value)
+    assert "measure what merging changes" in str(told.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("full", "peft=full, which has no adapter"), ("bare", "a bare base")]
+)
+def test_a_run_without_adapter_is_exported_merged_only(kind, words, trained_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    if kind == "full":
+        (run / "adapter" / "adapter_model.safetensors").rename(run / "adapter" / FULL_WEIGHTS)
+    else:
+        shutil.rmtree(run / "adapter")
+        written = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(written | {"peft": {}}))
+    with pytest.raises(export_verb.ConfigError, match=words) as told:
+        export(config(run, "format=adapter", f"output={tmp_path / 'out'}"))
+    assert "format=merged" in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_did_not_complete_is_exported_with_a_warning(trained_run, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"status": "interrupted"}))
+    output = export(config(run, "format=adapter", f"output={tmp_path / 'out'}"))
+    assert (output / "adapter_model.safetensors").is_file()
+    assert "did not complete (interrupted)" in caplog.text
+
+
+def test_a_head_that_came_untied_is_no_merged_model(trained_run, tmp_path, monkeypatch):
+    """In stock transformers it would be trained apart from the embedding that it is."""
+    save = PreTrainedModel.save_pretrained
+
+    def untied(self, folder, **options):
+        save(self, folder, **options)
+        written = json.loads((Path(folder) / "config.json").read_text())
+        text = json.dumps(written | {"tie_word_embeddings": False})
+        (Path(folder) / "config.json").write_text(text)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", untied)
+    with pytest.raises(export_verb.MedQLoRAError, match="tied embeddings"):
+        export(config(trained_run, f"output={tmp_path / 'out'}", "limit=0"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,7 +313,9 @@ def test_the_half_of_a_killed_export_is_cleared_away_and_that_of_a_living_one_is
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "out"])
 
 
-@pytest.mark.parametrize("trick", ["link", "folder", "no weights", "damaged", "no config"])
+@pytest.mark.parametrize(
+    "trick", ["link", "folder", "no weights", "damaged", "no config", "no method"]
+)
 def test_an_adapter_folder_with_tricks_is_refused(trick, trained_run, tmp_path):
     """A run folder from elsewhere is data: a link would carry a file of this machine along."""
     run = tmp_path / "run"
@@ -256,12 +329,98 @@ def test_an_adapter_folder_with_tricks_is_refused(trick, trained_run, tmp_path):
         (adapter / "adapter_model.safetensors").unlink()
     elif trick == "damaged":
         (adapter / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    elif trick == "no method":
+        (adapter / "adapter_config.json").write_text('{"peft_type": null}')
     else:
         (adapter / "adapter_config.json").write_text("[]")
     with pytest.raises(export_verb.CheckpointError) as told:
         export(config(run, "format=adapter", f"output={tmp_path / 'out'}"))
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
+
+
+# --- the card -------------------------------------------------------------------------------------
+
+
+def card_of(run, *, config=None, metrics=None, format="adapter", change=None) -> str:
+    """The card of a run whose config or metrics say something else in some sections."""
+
+    def changed(own, sections):
+        return own | {
+            key: own[key] | part if isinstance(part, dict) else part
+            for key, part in (sections or {}).items()
+        }
+
+    other = replace(run, config=changed(run.config, config), metrics=changed(run.metrics, metrics))
+    return export_verb.card(other, format, change)
+
+
+@pytest.fixture(scope="module")
+def result(trained_run):
+    return read_run(trained_run)
+
+
+@pytest.mark.parametrize(("format", "relation"), [("adapter", "adapter"), ("merged", "finetune")])
+def test_the_card_of_hub_names_links_base_and_data_for_the_hub(format, relation, result):
+    card = card_of(
+        result,
+        format=format,
+        config={
+            "model": {"path": "google/gemma-2b"},
+            "data": {"hub": "some/questions", "revision": "abc"},
+        },
+    )
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["base_model"] == "google/gemma-2b"
+    assert head["base_model_relation"] == relation
+    assert head["datasets"] == ["some/questions"]
+    assert head["license"] == "gemma"
+    assert "(some/questions, revision abc)" in card
+
+
+def test_the_bundled_model_is_nobodys_but_ours(result, tmp_path):
+    other = replace(result, config=result.config | {"model": {"path": "bundled:tiny_gemma"}})
+    export_verb.write_card(tmp_path, other, "adapter", None)
+    card = (tmp_path / "README.md").read_text()
+    assert "license: mit" in card
+    assert "Gemma Terms of Use" not in card
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"], "no NOTICE of Google's"
+
+
+def test_the_card_says_what_was_not_scored_or_measured(result):
+    empty = {"n": 0, "accuracy": None, "loss": None}
+    bare = card_of(result, metrics={"val": empty, "test": empty}, format="merged")
+    assert "This run was not scored." in bare
+    assert "Not measured (limit=0)." in bare
+    only_val = card_of(result, metrics={"test": empty})
+    assert "On val:" in only_val
+    assert "On test:" not in only_val
+    short = card_of(result, metrics={"test": {"loss": None, "by": {}}})
+    assert "On test:" in short
+    assert "cross-entropy" not in short
+    assert "By subject" not in short
+    foreign = card_of(result, config={"prompt": {"text": None}, "scheduler": None})
+    assert "The prompt, after one BOS" not in foreign
+    assert "| schedule | none |" in foreign
+
+
+def test_the_card_of_a_merged_model_tells_its_change_without_labels_too(result):
+    open_ones = [Prediction("q", "test", "Anatomy", "single", None, (-0.1, -3.0))]
+    card = card_of(result, format="merged", change=Change("test", open_ones, open_ones))
+    assert "accuracy no labels before and no labels" in card
+    assert "0 of 1 answers changed" in card
+
+
+def test_a_damaged_baseline_costs_the_card_its_row_alone(result, trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    for name, text in (("whole", None), ("damaged", "{")):
+        folder = tmp_path / "run" / "baselines" / name
+        shutil.copytree(trained_run, folder)
+        if text is not None:
+            (folder / "metrics.json").write_text(text)
+    found = export_verb.card(read_run(tmp_path / "run"), "adapter", None)
+    tables = [card.count("\n| NF4 + LoRA") for card in (card_of(result), found)]
+    assert tables == [2, 4], "on val and test: the run, and the baseline that can be read"
 
 
 # --- push_to_hub ----------------------------------------------------------------------------------

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+from huggingface_hub import constants
 from hydra.utils import instantiate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from medqlora.config import CONFIG_DIR
 from medqlora.data import (
@@ -19,9 +24,10 @@ from medqlora.data import (
     tokenize_questions,
 )
 from medqlora.data.tokenization import shared_prefix
-from medqlora.errors import ConfigError, ModelError
+from medqlora.errors import ConfigError, DataError, ModelError
 from medqlora.schema import Question
 from tests.data.data_tools import HARNESS, SHARED, make_tokenizer, question
+from tests.hub import LoopbackHub, Repository
 
 PROMPTS = sorted(file.stem for file in (CONFIG_DIR / "prompt").glob("*.yaml"))
 NASTY = st.one_of(
@@ -226,6 +232,104 @@ def test_prompt_whose_control_tokens_are_missing_is_refused(tokenizer):
 
     with pytest.raises(ModelError, match="<no_such_token>"):
         letter_ids(tokenizer, Odd(name="odd", text=HARNESS, answer_prefix=""))
+
+
+def word_tokenizer(*words: str, alike: tuple[str, str] | None = None) -> PreTrainedTokenizerFast:
+    """A token a word, and an unknown one for all others."""
+    vocabulary = {word: i for i, word in enumerate(("<bos>", "<eos>", "<unk>", *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if alike is not None:
+        tokenizer.normalizer = normalizers.Replace(*alike)
+    controls = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **controls)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "words"),
+    [
+        (word_tokenizer(*"ABC"), {"text": HARNESS}, "' D' is not in its vocabulary"),
+        (word_tokenizer(*"ABCD", alike=("B", "A")), {"text": HARNESS}, "are the same token"),
+        # The space before the letter belongs to the letter's token.
+        (
+            make_tokenizer(),
+            {"text": f"{HARNESS} ", "answer_prefix": ""},
+            "'A' changes the tokens before it",
+        ),
+    ],
+)
+def test_letters_that_cannot_be_told_apart_or_do_not_follow_are_refused(tokenizer, prompt, words):
+    with pytest.raises(ModelError, match="choose ") as told:
+        letter_ids(tokenizer, PromptTemplate(name="own", **prompt))
+    assert words in str(told.value)
+
+
+def test_prompt_that_ends_in_a_control_token_is_refused(tokenizer):
+    class Ends(GemmaChatPrompt):
+        def render(self, question):
+            return ("x", Control("<end_of_turn>"))
+
+    with pytest.raises(ModelError, match="prompt=odd ends in the control token <end_of_turn>"):
+        letter_ids(tokenizer, Ends(name="odd", text=HARNESS, answer_prefix=""))
+
+
+# --- where a tokenizer comes from -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["{folder}", "/nowhere/gemma", "./gemma", "bundled:gemma"])
+def test_folder_without_a_tokenizer_is_named(path, tmp_path):
+    given = path.format(folder=tmp_path)
+    with pytest.raises(ModelError, match=r"copy the tokenizer|check model\.path") as told:
+        load_tokenizer(given)
+    assert given in str(told.value)
+
+
+def test_tokenizer_without_bos_starts_no_prompt(tmp_path):
+    broken = make_tokenizer()
+    broken.bos_token = None
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no BOS token") as told:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(told.value)
+    with pytest.raises(ModelError, match="no BOS"):
+        TextEncoder(broken)
+
+
+def test_character_that_is_a_control_token_cannot_be_asked_about():
+    odd = make_tokenizer()
+    odd.add_tokens([AddedToken("§", special=False)])
+    encoder = TextEncoder(odd)
+    with pytest.raises(DataError, match="the character '§' is a control token"):
+        encoder.encode_texts(["Which nerve?", "What does §7 say?"])
+    [ids] = encoder.encode_texts(["Which nerve?"])
+    assert odd.decode(ids) == "Which nerve?"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[LoopbackHub]:
+    """A hub with a model that is gated and one whose tokenizer has no config beside it."""
+    make_tokenizer().save_pretrained(tmp_path / "made")
+    plain = {"tokenizer.json": (tmp_path / "made" / "tokenizer.json").read_bytes()}
+    models = {"some/gated": Repository(refusal=403), "some/plain": Repository(plain)}
+    with LoopbackHub(models, {}) as served:
+        url = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, served.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield served
+
+
+def test_what_the_hub_says_of_a_tokenizer_is_passed_on(hub):
+    with pytest.raises(ModelError, match=r"model some/gated .*accept the licence"):
+        load_tokenizer("some/gated")
+    with pytest.raises(ModelError, match=r"model some/nothing .*spelling"):
+        load_tokenizer("some/nothing")
+
+
+def test_tokenizer_of_the_hub_needs_no_config_but_a_bos(hub):
+    """It is found all the same, and the reason given is its own."""
+    with pytest.raises(ModelError, match="tokenizer of some/plain has no BOS token"):
+        load_tokenizer("some/plain")
 
 
 def test_stand_in_tokenizer_has_letters_and_one_bos(half_validation, harness):

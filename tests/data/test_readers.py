@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 
 import pandas as pd
 import pytest
+from huggingface_hub import constants
 
 from medqlora.data.medmcqa import parse_rows, read_questions
-from medqlora.data.readers import read_rows
+from medqlora.data.readers import read_hub, read_rows
 from medqlora.errors import DataError
 from tests.data.data_tools import raw_row, write_jsonl
 
@@ -157,6 +159,68 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(raw_row(0, question="\ud800")))
     fails(path, "row 1", "surrogate")
+
+
+def test_standard_input_is_read_as_json_lines(monkeypatch):
+    lines = "".join(json.dumps(raw_row(i)) + "\n" for i in range(3))
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert [question.id for question in read_questions("-")] == ["q0", "q1", "q2"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("{"))
+    with pytest.raises(DataError, match="standard input, row 1 is not valid JSON"):
+        read_questions("-")
+
+
+def test_broken_array_is_told_by_its_line(tmp_path):
+    path = tmp_path / "q.json"
+    path.write_text("[\n" + json.dumps(raw_row(0)) + "\n" + json.dumps(raw_row(1)) + "\n]\n")
+    fails(path, "line 3", "not valid JSON")
+
+
+def test_empty_lines_of_a_csv_are_no_rows(tmp_path):
+    path = tmp_path / "q.csv"
+    pd.DataFrame([raw_row(0), raw_row(3)]).to_csv(path, index=False)
+    path.write_text(path.read_text().replace("\n", "\n\n"))
+    assert [question.id for question in read_questions(str(path))] == ["q0", "q3"]
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def from_hub(monkeypatch):
+    """`from_hub({"train": rows}, kinds)`: what the hub's library reads, split by split."""
+    import datasets
+
+    def serve(splits: dict[str, list[dict]], **kinds) -> None:
+        parts = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+        for column, kind in kinds.items():
+            parts = {name: part.cast_column(column, kind) for name, part in parts.items()}
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: parts)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the network is not asked first
+    return serve
+
+
+def test_a_split_of_the_hub_has_the_rows_of_a_file_and_knows_where_labels_start(from_hub, tmp_path):
+    import datasets
+
+    rows = [raw_row(i, cop=1 + i % 3) for i in range(6)]
+    from_hub({"train": rows}, cop=datasets.ClassLabel(names=["a", "b", "c", "d"]))
+    found = read_hub("some/questions", None, ["train"])["train"]
+    assert found.source == "some/questions [train]"
+    assert found.columns == read_rows(write_jsonl(tmp_path / "q.jsonl", rows)).columns
+    assert [q.answer for q in parse_rows({"train": found})["train"]] == [1, 2, 3, 1, 2, 3]
+    from_hub({"train": rows})
+    with pytest.raises(DataError, match=r"data\.label_base=0"):
+        parse_rows(read_hub("some/questions", None, ["train"]))
+
+
+def test_a_split_that_the_hub_lacks_or_has_no_rows_of_is_named(from_hub):
+    from_hub({"train": [raw_row(0)], "dev": [raw_row(1)], "empty": []})
+    with pytest.raises(DataError, match="has no split 'validation', only train, dev, empty"):
+        read_hub("some/questions", None, ["train", "validation"])
+    with pytest.raises(DataError, match=r"some/questions \[empty\] holds no rows"):
+        read_hub("some/questions", None, ["empty"])
 
 
 # --- labels ---------------------------------------------------------------------------------------
