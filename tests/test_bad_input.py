@@ -134,6 +134,22 @@ def no_end(folder: Path, model: str) -> list[str]:
     return ["trainer.max_epochs=-1"]
 
 
+def baselines_no_list(folder: Path, model: str) -> list[str]:
+    return ["baselines=base_16bit"]
+
+
+def no_such_baseline(folder: Path, model: str) -> list[str]:
+    return ["baselines=[gpt4]"]
+
+
+def no_such_choice(folder: Path, model: str) -> list[str]:
+    return ["select=newest"]
+
+
+def less_than_no_question(folder: Path, model: str) -> list[str]:
+    return ["data.limit_train=-1"]
+
+
 CASES: list[tuple[Change, list[str]]] = [
     (unknown_column, ["bad.jsonl", "difficulty", "data.ignore_columns"]),
     (missing_column, ["bad.jsonl", "opc"]),
@@ -157,6 +173,10 @@ CASES: list[tuple[Change, list[str]]] = [
     (no_such_loss, ["NoLoss"]),
     (no_such_key, ["rank"]),
     (foreign_code, ["os.system"]),
+    (baselines_no_list, ["baselines=base_16bit is no list", "base_quantized"]),
+    (no_such_baseline, ["gpt4", "base_16bit"]),
+    (no_such_choice, ["select=newest", "best or last"]),
+    (less_than_no_question, ["data.limit_train=-1", "0 to leave the split out"]),
     (no_end, ["trainer.max_epochs=-1", "trainer.max_steps"]),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medqlora import processes
 from medqlora.config import compose
+from medqlora.entry import command_line
 from medqlora.train import train
 from tests.conftest import ROOT
 
@@ -219,6 +222,46 @@ def test_torchrun_starts_only_what_works_in_several_processes(
     assert ended.code == 2
     [line] = ended.errors
     assert words in line
+
+
+def test_only_the_first_process_refuses_aloud_and_makes_a_folder(
+    run_command, tiny_options, torchrun, monkeypatch, tmp_path
+):
+    """The others ask for the same and are refused as it is: one line is enough."""
+    monkeypatch.setattr(processes, "connected", lambda accelerator: contextlib.nullcontext())
+    monkeypatch.setattr(processes, "gathered", lambda value: [value, value])
+    request = [*tiny_options, "trainer.max_steps=1", f"hydra.run.dir={tmp_path}/run"]
+    first = run_command("train", *request)
+    monkeypatch.setenv("RANK", "1")
+    second = run_command("train", *request)
+    assert (first.code, second.code) == (2, 2)
+    assert "trainer=ddp" in first.errors[0]
+    assert second.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_one_process_alone_meets_is_told_with_its_number(
+    run_command, tiny_options, torchrun, monkeypatch, tmp_path
+):
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no space on this node")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes, "connected", broken)
+    ended = run_command("train", *tiny_options, f"hydra.run.dir={tmp_path}/run")
+    assert ended.code == 1
+    [line] = ended.errors
+    assert line.startswith("error: process 1: RuntimeError: no space on this node")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("machines", "told"),
+    [(2, "torchrun --nnodes 2 --nproc-per-node 2 -m "), (1, "torchrun --nproc")],
+)
+def test_the_command_of_a_run_repeats_it_on_as_many_machines(machines, told, torchrun, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(2 * machines))
+    assert command_line("train").startswith(told)
 
 
 @pytest.mark.parametrize(
