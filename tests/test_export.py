@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import DictConfig
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -27,7 +29,6 @@ from medqlora.export import Change, export
 from medqlora.finetuning.adapters import FULL_WEIGHTS
 from medqlora.quantization import dequantize, load_base
 from medqlora.schema import Prediction, Question
-from tests.conftest import ROOT
 from tests.hub import LoopbackHub, Repository
 
 
@@ -586,29 +587,29 @@ def limited_disk(tmp_path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-KILLED = """
-import os, signal, sys
-from medqlora import export
-write_card = export.write_card
-def killed(*arguments):
-    write_card(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)
-export.write_card = killed
-export.main()
-"""
+def export_and_die(cfg: DictConfig) -> None:
+    """Export in a process of its own, killed when all but the new name is there."""
+    write_card = export_verb.write_card
+
+    def killed(*arguments):
+        write_card(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    export_verb.write_card = killed
+    export(cfg)
 
 
 def test_a_kill_in_the_middle_leaves_no_half_export_and_the_next_one_clears_up(
     trained_run, tmp_path
 ):
-    command = [f"run={trained_run}", "format=adapter", f"output={tmp_path / 'out'}"]
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, *command], cwd=ROOT, capture_output=True, text=True
-    )
-    assert ended.returncode == -9, ended.stderr
+    cfg = config(trained_run, "format=adapter", f"output={tmp_path / 'out'}")
+    process = multiprocessing.get_context("fork").Process(target=export_and_die, args=(cfg,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.iterdir())) == 1
-    export(config(trained_run, "format=adapter", f"output={tmp_path / 'out'}"))
+    export(cfg)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 

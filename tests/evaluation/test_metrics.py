@@ -240,7 +240,7 @@ def _rank(rank, port, queue):
 
 
 def test_copies_that_even_out_processes_are_counted_once(unused_port):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
     processes = [context.Process(target=_rank, args=(r, unused_port, queue)) for r in (0, 1)]
     for process in processes:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
-import textwrap
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -364,35 +363,28 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert read_checkpoint(path)["state_dict"]["a"] == 1
 
 
+def write_without_end(path: Path, told: Connection) -> None:
+    io, n = AtomicCheckpointIO(), 0
+    while True:
+        io.save_checkpoint({"state_dict": {"n": torch.full((20000,), n)}}, path)
+        n += 1
+        told.send(n)
+
+
 def test_a_kill_while_writing_leaves_a_checkpoint(tmp_path):
     """A process that writes without end is killed at some moment; one of the two files is whole."""
-    script = tmp_path / "write.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys, torch
-            from medqlora.finetuning.checkpoints import AtomicCheckpointIO
-            io, n = AtomicCheckpointIO(), 0
-            while True:
-                io.save_checkpoint({"state_dict": {"n": torch.full((20000,), n)}}, sys.argv[1])
-                n += 1
-                print(n, flush=True)
-            """
-        )
-    )
     path = tmp_path / "run" / "last.ckpt"
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
-    assert process.stdout is not None
-    for _ in range(7):
-        done = int(process.stdout.readline())
-    process.kill()
-    process.communicate()
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=write_without_end, args=(path, there))
+    process.start()
+    try:
+        for _ in range(7):
+            assert here.poll(60)
+            done = here.recv()
+    finally:
+        process.kill()
+        process.join()
     found = find_resumable(path.parent)
     assert found is not None
     assert read_checkpoint(found)["state_dict"]["n"][0] >= done - 2
