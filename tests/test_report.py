@@ -142,6 +142,27 @@ def test_main_effects_are_means_over_matched_blocks(ablation):
     assert ("quant", "fp4") not in effects  # its only run failed
 
 
+def test_levels_that_scored_different_questions_have_no_main_effect(tmp_path):
+    """Their means would compare questions, not options."""
+    config = base_config()
+    for number, (quant, r) in enumerate(itertools.product(("nf4", "int8"), (4, 8))):
+        own = {
+            **config,
+            "quant": {**config["quant"], "data_type": quant},
+            "peft": {**config["peft"], "r": r},
+        }
+        write_run(
+            tmp_path / str(number),
+            own,
+            questions=make_questions(seed=r),
+            choices={"quant": quant, "peft": f"lora_r{r}"},
+        )
+    found = analyse(read_sweep(tmp_path))
+    assert found.effects == []
+    for factor in ("quant", "peft"):
+        assert f"No main effect of {factor}: its runs scored different questions." in found.notes
+
+
 def test_a_missing_job_leaves_only_complete_blocks(sweep, tmp_path):
     """A level that was tried on easier settings only must not look better for it."""
     runs = [r for r in read_sweep(sweep) if r.status == "completed"]
@@ -159,6 +180,8 @@ def test_a_missing_job_leaves_only_complete_blocks(sweep, tmp_path):
 def test_the_interval_of_one_run_is_wilsons_and_seeds_widen_it():
     rng = np.random.default_rng(0)
     one = rng.random((1, 200)) < 0.4
+    certain = np.ones((3, 200), dtype=bool)
+    assert setting_interval(certain) == wilson_interval(200, 200), "not a point: 200 were asked"
     assert setting_interval(one) == wilson_interval(int(one.sum()), 200)
     same = np.repeat(one, 3, axis=0)
     spread = np.array([rng.random(200) < p for p in (0.25, 0.4, 0.55)])
@@ -430,6 +453,22 @@ def test_the_command_prints_a_table_and_where_the_page_is(sweep, tmp_path, run_c
     assert "2 run(s) did not complete" in ended.out
     assert f"report: {tmp_path}/out/report.html" in ended.out
     assert run_command("report", "runs=/nowhere", f"hydra.run.dir={tmp_path}/no").code == 2
+
+
+def test_the_command_says_so_where_no_run_completed(tmp_path, run_command):
+    write_run(tmp_path / "runs" / "0", base_config(), status="failed", error="out of memory")
+    words = [
+        f"runs={tmp_path}/runs",
+        "split=val",
+        "published=none",
+        f"hydra.run.dir={tmp_path}/out",
+    ]
+    ended = run_command("report", *words)
+    assert ended.code == 0, ended.err
+    assert "1 run(s) did not complete" in ended.out
+    for word in ("accuracy", "majority", "pruned"):
+        assert word not in ended.out
+    assert "out of memory" in (tmp_path / "out" / "report.html").read_text()
 
 
 # --- in a browser ---------------------------------------------------------------------------------

@@ -307,16 +307,23 @@ def main_effects(
         there = [lv for lv in levels if any(lv in block for block in blocks.values())]
         complete = [block for block in blocks.values() if all(lv in block for lv in there)]
         used = complete or list(blocks.values())
-        for level in there if len(there) > 1 else []:
-            chosen = [e for block in used for e in block.get(level, [])]
-            effect = _effect(factor, level, chosen, tables, len(complete))
-            if effect is None:
-                ablation.notes.append(
-                    f"No main effect of {factor}: its runs scored different questions."
-                )
-                effects = [e for e in effects if e.factor != factor]
-                break
-            effects.append(effect)
+        if len(there) < 2:
+            continue
+        chosen = {level: [e for block in used for e in block.get(level, [])] for level in there}
+        asked = {
+            (_sha256(e.run, ablation.split), frozenset(tables[e.run.run_dir]))
+            for entries in chosen.values()
+            for e in entries
+        }
+        if len(asked) > 1:
+            ablation.notes.append(
+                f"No main effect of {factor}: its runs scored different questions."
+            )
+            continue
+        effects += [
+            _effect(factor, level, entries, tables, len(complete))
+            for level, entries in chosen.items()
+        ]
     return effects
 
 
@@ -326,10 +333,8 @@ def _effect(
     entries: Sequence[Entry],
     tables: Mapping[Path, dict[str, bool]],
     num_blocks: int,
-) -> Effect | None:
+) -> Effect:
     ids = list(tables[entries[0].run.run_dir])
-    if any(tables[e.run.run_dir].keys() != set(ids) for e in entries):
-        return None
     correct = np.array([[tables[e.run.run_dir][i] for i in ids] for e in entries], dtype=bool)
     if len(correct) == 1:
         interval = wilson_interval(int(correct.sum()), correct.size)
