@@ -332,6 +332,19 @@ def test_a_bare_base_is_calibrated_on_its_own_val_split(trained, score):
     assert base.metrics["val"]["n"] == 16
 
 
+def test_a_temperature_needs_labelled_val_questions(score, options, tmp_path):
+    rows = [raw_row(i, cop=-1) for i in range(300, 308)]
+    file = write_jsonl(tmp_path / "open.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"evaluate\.calibrate=val needs labelled val questions"):
+        score(*options, f"data.val_file={file}", "evaluate.calibrate=val")
+
+
+def test_a_temperature_is_measured_on_the_split_that_was_asked_for(score, options):
+    found = score(*options, "split=train", "evaluate.calibrate=val").metrics["calibration"]
+    assert (found["num_fitted"], found["n"]) == (16, 64)
+    assert found["ece_after"] is not None
+
+
 def test_difficulty_by_the_bases_loss_and_the_paired_test_come_with_a_base(trained, score):
     section = read_run(trained).metrics["test"]
     groups = section["by"]["difficulty_base_nll"]

@@ -6,16 +6,22 @@ import gzip
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import medqlora
+from medqlora.answering import answer
 from medqlora.data.medmcqa import read_questions
+from medqlora.errors import DataError
 from medqlora.evaluation import fit_temperature, read_predictions
 from medqlora.predict import CELL_LIMIT, check_row, in_blocks, open_rows
+from medqlora.schema import Prediction
 from tests.data.data_tools import raw_row, write_jsonl
 
 BAD_LINES = {
@@ -155,6 +161,43 @@ def test_a_request_that_cannot_work_ends_in_one_line(
     assert ended.out == ""
     assert len(ended.errors) == 1
     assert word in ended.errors[0]
+
+
+def test_a_run_without_labelled_val_predictions_has_no_temperature(
+    trained_run, tmp_path, run_command, question_files
+):
+    shutil.copytree(trained_run, tmp_path / "run")
+    table = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
+    table[table["split"] == "test"].to_parquet(tmp_path / "run" / "predictions.parquet")
+    words = [f"run={tmp_path}/run", f"questions={question_files['test']}", "temperature=run"]
+    ended = run_command("predict", *words)
+    assert (ended.code, ended.out) == (2, "")
+    assert "no labelled val predictions" in ended.errors[0]
+    assert "temperature=null" in ended.errors[0]
+
+
+def test_a_question_that_the_run_refuses_costs_itself_alone():
+    """The block is scored in halves until the one that cannot be is found."""
+    calls: list[int] = []
+
+    def predict(questions):
+        calls.append(len(questions))
+        if any("long" in question.stem for question in questions):
+            raise DataError("q5 is longer than a row: shorten it.")
+        return [
+            Prediction(q.id, "predict", "", "", None, (-0.1, -3.0, -4.0, -5.0)) for q in questions
+        ]
+
+    options = {"opa": "a", "opb": "b", "opc": "c", "opd": "d"}
+    asked = [
+        check_row(row, {"question": "a long one" if row == 5 else "Which?", **options}, 4)
+        for row in range(1, 17)
+    ]
+    found = list(answer(SimpleNamespace(predict=predict), asked))
+    assert [line["row"] for line in found] == list(range(1, 17))
+    assert [line["row"] for line in found if "error" in line] == [5]
+    assert "longer than a row" in found[4]["error"]
+    assert len(calls) == 9, "2 log2(16) + 1: not one call a question"
 
 
 def test_what_came_before_a_damaged_place_is_answered(trained_run, tmp_path, run_command):

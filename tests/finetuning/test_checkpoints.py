@@ -390,6 +390,21 @@ def test_a_kill_while_writing_leaves_a_checkpoint(tmp_path):
     assert read_checkpoint(found)["state_dict"]["n"][0] >= done - 2
 
 
+def test_a_file_of_tensors_that_is_no_checkpoint_is_refused(tmp_path):
+    torch.save({"weights": torch.ones(1)}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="holds no training state"):
+        read_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_weights_of_another_adapter_are_refused_with_one_of_them(run, make_module, tmp_path):
+    _, _, checkpoints = run("run", max_epochs=1)
+    other = make_module("nf4", "lora_r4")
+    before = {n: p.detach().clone() for n, p in other.model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"weights differ, such as .*lora_A"):
+        load_trained_weights(other.model, checkpoints.last_path)
+    assert all(torch.equal(p, before[n]) for n, p in other.model.named_parameters())
+
+
 def test_options_without_effect_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="saves never"):
         RunCheckpoints(tmp_path, every_n_steps=0)
