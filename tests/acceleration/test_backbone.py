@@ -165,6 +165,8 @@ def test_the_compile_mode_follows_device_and_row_length():
         {"gradient_checkpointing": "offload", "compile": "cuda_graphs"},
         {"num_threads": 0},
         {"float8": True, "fused": "off"},
+        {"dropout_per": "row", "fused": "off"},
+        {"dropout_per": "question"},
     ],
 )
 def test_unknown_or_contradicting_options_are_refused_by_name(options):
@@ -174,7 +176,10 @@ def test_unknown_or_contradicting_options_are_refused_by_name(options):
         assert f"acceleration.{name}=" in str(told.value)
 
 
-@pytest.mark.parametrize("options", [{"compile": "cuda_graphs"}, {"fused": "on"}, {"float8": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"compile": "cuda_graphs"}, {"fused": "on"}, {"float8": True}, {"dropout_per": "row"}],
+)
 def test_options_for_cuda_are_refused_on_the_cpu(options, tiny_gemma):
     with pytest.raises(ConfigError, match="no effect on cpu"):
         accelerate(tiny_gemma, Acceleration(**options), "cpu", 2048)
@@ -192,7 +197,12 @@ def test_multiplying_in_8_bits_needs_a_gpu_that_can(capability, fits, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("options", "asked"), [({"fused": "on"}, "fused=on"), ({"float8": True}, "float8=true")]
+    ("options", "asked"),
+    [
+        ({"fused": "on"}, "fused=on"),
+        ({"float8": True}, "float8=true"),
+        ({"dropout_per": "row"}, "dropout_per=row"),
+    ],
 )
 def test_a_fast_path_that_is_asked_for_and_cannot_be_taken_is_an_error(
     options, asked, tiny_gemma, monkeypatch
@@ -209,7 +219,7 @@ def test_a_fast_path_that_is_asked_for_and_cannot_be_taken_is_an_error(
     [
         ("default", 2048, "default", None),
         ("auto", 2048, "cuda_graphs", "reduce-overhead"),
-        ("auto", 16384, "default", None),
+        ("auto", 32768, "default", None),
     ],
 )
 def test_plain_layers_are_compiled_as_the_length_of_rows_asks(
