@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from medqlora.acceleration.backbone import Checkpointing, find_backbone
-from medqlora.acceleration.fused import enable_fused, why_not_fused
+from medqlora.acceleration.fused import adapter_dropout, enable_fused, why_not_fused
 from medqlora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,8 @@ def accelerate(
         _configure_compiler()
     reason = why_not_fused(model) if options.fused != "off" else "acceleration.fused=off"
     if reason is None:
+        if mode == "cuda_graphs" and _draws_again(model, options):
+            mode = "default"
         enable_fused(
             model,
             compile=mode != "none",
@@ -176,6 +178,26 @@ def accelerate(
             dynamic=False, mode="reduce-overhead" if mode == "cuda_graphs" else None
         )
     return f"plain layers ({reason}), compile={mode}"
+
+
+def _draws_again(model: nn.Module, options: Acceleration) -> bool:
+    """Whether the fast path computes layers again that have to drop what they dropped before.
+
+    That restores the state of the generator, which a recorded pass cannot.
+
+    Raises:
+        ConfigError: If it is to be recorded all the same.
+    """
+    again = options.gradient_checkpointing and options.dropout_per == "token"
+    if not again or not adapter_dropout(model):
+        return False
+    if options.compile == "cuda_graphs":
+        raise ConfigError(
+            "acceleration.compile=cuda_graphs cannot record layers that are computed again and "
+            "drop other inputs for each token. Set acceleration.dropout_per=row or "
+            "acceleration.compile=auto."
+        )
+    return True
 
 
 def _configure_compiler() -> None:

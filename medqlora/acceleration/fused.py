@@ -90,9 +90,7 @@ class Sizes:
         scaling: `lora_alpha / r`.
         block_size: Weights that share a constant.
         weight_scale: Factor that brings the weights into the range of 8-bit floats; 0 for bfloat16.
-        dropout: Share of the inputs of an adapter that are dropped in training.
-        dropout_per: Whether other inputs are dropped for each "token", or the same in a whole
-            "row", which leaves the adapter folded into its weight.
+        dropout: Share of the inputs of an adapter that are dropped, others for each token.
         keep_weights: Whether a dequantised weight may be kept for the backward pass.
         prefix_length: Tokens at the front of a row that its questions share.
     """
@@ -108,7 +106,6 @@ class Sizes:
     block_size: int
     weight_scale: float = 0.0
     dropout: float = 0.0
-    dropout_per: Literal["token", "row"] = "token"
     keep_weights: bool = True
     prefix_length: int = 0
 
@@ -215,7 +212,8 @@ class FusedBackbone:
             memory.
         cuda_graphs: Record training passes once and replay them: for short rows, where launching
             kernels takes longer than running them.
-        dropout_per: What the inputs that an adapter drops are drawn for; see `Sizes`.
+        dropout_per: Whether an adapter drops other inputs for each "token", or the same in a whole
+            "row", which leaves it folded into its weight.
     """
 
     def __init__(
@@ -252,11 +250,11 @@ class FusedBackbone:
             weight_scale=2.0 ** math.floor(math.log2(FLOAT8_MAX / (2 * largest)))
             if float8
             else 0.0,
-            dropout=adapter[1],
-            dropout_per=dropout_per,
+            dropout=adapter[1] if dropout_per == "token" else 0.0,
             keep_weights=not gradient_checkpointing,
         )
         self.layers = [_layer(layer) for layer in self._backbone.layers]
+        self.row_dropout = adapter[1] if dropout_per == "row" else 0.0
         self.gradient_checkpointing = gradient_checkpointing
 
         def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -316,7 +314,10 @@ class FusedBackbone:
         if not training:
             sizes = replace(sizes, dropout=0.0)
         run = self._recomputed if learning and self.gradient_checkpointing else self._run
-        for index, layer in enumerate(self.layers):
+        layers = self.layers
+        if training and self.row_dropout:
+            layers = [_without_some_columns(layer, self.row_dropout) for layer in layers]
+        for index, layer in enumerate(layers):
             keep = row.keep if index == len(self.layers) - 1 else None
             hidden = run(hidden, layer, boundaries, cosine, sine, keep, sizes)
         return rms_norm(hidden, self._backbone.norm.weight, self.sizes.eps)
@@ -567,11 +568,8 @@ def _rotate(
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
     a, b = linear.lora_a, linear.lora_b
     if a is not None and b is not None:
-        if sizes.dropout and sizes.dropout_per == "row":
-            # Dropping the same inputs of all tokens is dropping columns of A.
-            a = a * F.dropout(torch.ones(in_features, device=a.device), sizes.dropout)
         a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
-        if sizes.dropout and sizes.dropout_per == "token":
+        if sizes.dropout:
             # Only what the adapter reads is dropped, so it cannot be folded into the weight.
             down = F.dropout(x, sizes.dropout) @ a.t()
             plain = _FoldedLinear.apply(
@@ -681,6 +679,31 @@ def _layer(layer: Any) -> Layer:
         layer.post_attention_layernorm.weight,
         *(_stored(getattr(attention if name[0] in "qkvo" else mlp, name)) for name in LINEARS),
     )
+
+
+def _without_some_columns(layer: Layer, share: float) -> Layer:
+    """A layer whose adapters have lost columns of A: the same inputs dropped of all tokens."""
+
+    def dropped(linear: Linear) -> Linear:
+        a = linear.lora_a
+        if a is None:
+            return linear
+        kept = F.dropout(torch.ones(a.shape[1], device=a.device), share)
+        return linear._replace(lora_a=a * kept)
+
+    return layer._replace(
+        **{
+            name: dropped(value)
+            for name, value in layer._asdict().items()
+            if isinstance(value, Linear)
+        }
+    )
+
+
+def adapter_dropout(model: nn.Module) -> float:
+    """Share of its inputs that the adapter of a model drops in training."""
+    adapters = (m for m in find_backbone(model).modules() if hasattr(m, "lora_dropout"))
+    return max((_scaling_and_dropout(adapter)[1] for adapter in adapters), default=0.0)
 
 
 def _stored(module: Any) -> Linear:

@@ -30,6 +30,7 @@ from medqlora.acceleration.fused import (
     why_not_fused,
     why_other_layers,
 )
+from medqlora.errors import ConfigError
 from medqlora.quantization import QuantConfig, load_base
 from medqlora.quantization.embedding import QuantizedEmbedding
 from tests.acceleration.fast_path import (
@@ -215,6 +216,24 @@ def test_adapters_that_are_off_merged_or_two_are_told(folder):
 )
 def test_storages_that_it_does_not_read_are_told(folder, options, reason):
     assert reason in str(why_other_layers(load_base(folder, QuantConfig(**options), device="cpu")))
+
+
+def test_a_pass_that_draws_again_what_it_drops_is_not_recorded(adapted, monkeypatch):
+    """A recorded pass cannot go back to what its generator drew, and stops the run if it must."""
+    monkeypatch.setattr(compilation, "why_not_fused", why_other_layers)
+    model = set_up(adapted, fused=False, dropout=0.1)
+
+    def chosen(**options) -> str:
+        options = {"gradient_checkpointing": True} | options
+        return accelerate(model, Acceleration(**options), "cuda", 2048)
+
+    assert chosen() == "fast path, compile=default"
+    with pytest.raises(ConfigError, match="dropout_per=row"):
+        chosen(compile="cuda_graphs")
+    for recorded in ({"dropout_per": "row"}, {"gradient_checkpointing": False}):
+        assert chosen(compile="cuda_graphs", **recorded) == "fast path, compile=cuda_graphs"
+    set_dropout(model, 0.0)
+    assert chosen() == "fast path, compile=cuda_graphs"
 
 
 def test_sizes_that_its_kernels_do_not_take_are_told(tmp_path):
