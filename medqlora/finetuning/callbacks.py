@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import resource
 import signal
@@ -568,12 +569,15 @@ class ProgressBar(RichProgressBar):
     """Lightning's rich bar with questions a second and the loss.
 
     Args:
-        refresh_rate: Rows between two redraws; a redraw reads the loss and waits for the device.
+        refresh_seconds: Least time between two redraws in training: one reads the loss, for which
+            the device is waited for, and has nothing to do until its next row is launched.
         leave: Keep the bars of past epochs on screen.
     """
 
-    def __init__(self, refresh_rate: int = 10, leave: bool = True) -> None:
-        super().__init__(refresh_rate=refresh_rate, leave=leave)
+    def __init__(self, refresh_seconds: float = 1.0, leave: bool = True) -> None:
+        super().__init__(refresh_rate=10, leave=leave)
+        self.refresh_seconds = refresh_seconds
+        self._drawn = -math.inf
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar; before the rate is known, how long the first step took."""
@@ -606,9 +610,11 @@ class ProgressBar(RichProgressBar):
 
         Lightning reads the loss after every row, drawn or not, and so waits for the device.
         """
-        if batch_idx and (batch_idx + 1) % self.refresh_rate and not trainer.is_last_batch:
+        early = time.monotonic() < self._drawn + self.refresh_seconds
+        if early and batch_idx and not trainer.is_last_batch:
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._drawn = time.monotonic()
         if self.progress is not None and self.train_progress_bar_id is not None:
             description = self._get_train_description(trainer.current_epoch)
             self.progress.update(self.train_progress_bar_id, description=description)

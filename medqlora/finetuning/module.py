@@ -141,15 +141,17 @@ class MCQAModule(LightningModule):
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
         self.window_count.zero_()
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         """Let AdaLoRA move its rank budget after the update, then let go of the gradients.
 
         Lightning would keep them through the next forward pass, where a step is at its largest.
         """
-        super().optimizer_step(*args, **kwargs)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if (tuner := self._adalora()) is not None:
             tuner.update_and_allocate(self.global_step + 1)
-        self.zero_grad()
+        optimizer.zero_grad()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Score one packed row of questions for ``val/accuracy`` and ``val/loss``."""

@@ -181,19 +181,32 @@ def test_a_second_signal_stops_at_once(make_module, make_trainer, rows):
         signal.signal(signal.SIGINT, before)
 
 
-def test_the_bar_shows_questions_a_second_and_the_loss(make_module, make_trainer, rows):
-    class Keep(ProgressBar):
-        def get_metrics(self, trainer, pl_module):
-            self.shown = super().get_metrics(trainer, pl_module)
-            return self.shown
+class Keep(ProgressBar):
+    """A bar that remembers what it showed, each time that it asked for it."""
 
-    bar = Keep(refresh_rate=1)
-    trainer = make_trainer(
-        max_epochs=1, enable_progress_bar=True, callbacks=[bar, Throughput(warmup_steps=1)]
-    )
-    trainer.fit(make_module(), Rows(rows))
-    assert {"questions/s", "train/loss"} <= bar.shown.keys()
-    assert "v_num" not in bar.shown
+    def __init__(self, refresh_seconds: float) -> None:
+        super().__init__(refresh_seconds)
+        self.shown: list[dict] = []
+
+    def get_metrics(self, trainer, pl_module):
+        self.shown.append(super().get_metrics(trainer, pl_module))
+        return self.shown[-1]
+
+
+@pytest.mark.parametrize(("seconds", "rows_shown"), [(0.0, 5), (3600.0, 2)])
+def test_the_bar_shows_questions_a_second_and_the_loss(
+    make_module, make_trainer, rows, seconds, rows_shown
+):
+    """In every row, or in the first and the last: what is read is waited for."""
+    bar = Keep(refresh_seconds=seconds)
+    callbacks = [bar, Throughput(warmup_steps=1)]
+    trainer = make_trainer(max_epochs=1, enable_progress_bar=True, callbacks=callbacks)
+    trainer.fit(make_module(), Loader((rows * 5)[:5]))
+    during = [metrics for metrics in bar.shown if "train/loss" in metrics]
+    assert len(during) >= rows_shown
+    assert len(during) - rows_shown <= 1, "the end of the epoch shows them once more"
+    assert "questions/s" in during[-1]
+    assert not any("v_num" in metrics for metrics in bar.shown)
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from medqlora.errors import CheckpointError
 from medqlora.evaluation.scoring import letter_scores
@@ -22,15 +23,10 @@ def final_gradients(module):
 
 def fit_keeping_gradients(trainer, module, rows):
     """The gradients of the last update, which lets go of them."""
-    kept, let_go = {}, module.zero_grad
-
-    def keep_first(*args):
-        if any(p.grad is not None for p in module.parameters()):
-            kept.update(final_gradients(module))
-        let_go(*args)
-
-    module.zero_grad = keep_first
+    kept = {}
+    watch = register_optimizer_step_post_hook(lambda *_: kept.update(final_gradients(module)))
     trainer.fit(module, Loader(rows))
+    watch.remove()
     return kept
 
 
