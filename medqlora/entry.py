@@ -345,6 +345,21 @@ def _log_to(path: Path) -> None:
     logging.getLogger("medqlora").setLevel(logging.DEBUG)
 
 
+class _ToStandardError(logging.StreamHandler):
+    """Writes to what standard error is at the moment: a bar that is being drawn stands in for it.
+
+    What is written then comes above the bar, on a line of its own.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:  # type: ignore[override]
+        """Standard error."""
+        return sys.stderr
+
+
 def _console_logging() -> None:
     """Warnings of all libraries and news of this package go to standard error, one line each."""
 
@@ -353,7 +368,7 @@ def _console_logging() -> None:
             own = record.name.startswith("medqlora") and not processes.rank()
             return record.levelno >= (logging.INFO if own else logging.ERROR)
 
-    handler = logging.StreamHandler()
+    handler = _ToStandardError()
     handler.addFilter(Concise())
     handler.setFormatter(MaskingFormatter("%(message)s"))
     root = logging.getLogger()

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +349,16 @@ def test_real_questions_train_and_score(real_questions, runs, tiny_options):
     rows = [json.loads(line) for line in lines]
     labels = {row["id"]: row["cop"] - 1 for row in rows}
     assert all(labels[row.id] == row.answer for row in table.itertuples())
+
+
+def test_in_a_terminal_news_stands_above_the_bar(run_command, tiny_options, tmp_path, monkeypatch):
+    """On lines of its own: the bar is drawn anew below them."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    options = [word for word in tiny_options if word != "callbacks.progress=null"]
+    options += ["trainer.max_steps=2", "data.limit_val=0", f"hydra.run.dir={tmp_path}/run"]
+    ended = run_command("train", *options)
+    assert ended.code == 0
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in ended.out.splitlines()]
+    [news] = [line for line in lines if "first step after" in line]
+    assert news.strip("\r").startswith("first step after")
+    assert "first step after" not in ended.err
