@@ -66,28 +66,12 @@ def contradictory_labels(folder: Path, model: str) -> list[str]:
     return file_of(folder, given)
 
 
-def nothing_to_train_on(folder: Path, model: str) -> list[str]:
-    return ["data.train_file=null"]
-
-
 def letters_of_two_tokens(folder: Path, model: str) -> list[str]:
     """A tokenizer that never saw " A" spells it as a space and a byte."""
     tokenizer = make_tokenizer(letters="WXYZ")
     shutil.copytree(model, folder / "letters")
     tokenizer.save_pretrained(folder / "letters")
     return [f"model.path={folder / 'letters'}"]
-
-
-def small_budget(folder: Path, model: str) -> list[str]:
-    return ["data.token_budget=16"]
-
-
-def half_precision(folder: Path, model: str) -> list[str]:
-    return ["quant.compute_dtype=float16"]
-
-
-def half_precision_of_lightning(folder: Path, model: str) -> list[str]:
-    return ["+trainer.precision=16-mixed"]
 
 
 def no_weights(folder: Path, model: str) -> list[str]:
@@ -106,51 +90,7 @@ def another_architecture(folder: Path, model: str) -> list[str]:
     return [f"model.path={folder / 'other'}"]
 
 
-def nothing_trained(folder: Path, model: str) -> list[str]:
-    return ["peft=none"]
-
-
-def nothing_to_stop_by(folder: Path, model: str) -> list[str]:
-    return ["callbacks=early_stopping", "data.val_file=null"]
-
-
-def no_such_layer(folder: Path, model: str) -> list[str]:
-    return ["peft.target_modules=[qq_proj]", "baselines=[base_quantized]"]
-
-
-def no_such_loss(folder: Path, model: str) -> list[str]:
-    return ["loss._target_=medqlora.finetuning.NoLoss"]
-
-
-def no_such_key(folder: Path, model: str) -> list[str]:
-    return ["+peft.rank=8"]
-
-
-def foreign_code(folder: Path, model: str) -> list[str]:
-    return ["loss._target_=os.system"]
-
-
-def no_end(folder: Path, model: str) -> list[str]:
-    return ["trainer.max_epochs=-1"]
-
-
-def baselines_no_list(folder: Path, model: str) -> list[str]:
-    return ["baselines=base_16bit"]
-
-
-def no_such_baseline(folder: Path, model: str) -> list[str]:
-    return ["baselines=[gpt4]"]
-
-
-def no_such_choice(folder: Path, model: str) -> list[str]:
-    return ["select=newest"]
-
-
-def less_than_no_question(folder: Path, model: str) -> list[str]:
-    return ["data.limit_train=-1"]
-
-
-CASES: list[tuple[Change, list[str]]] = [
+CASES: list[tuple[Change | list[str], list[str]]] = [
     (unknown_column, ["bad.jsonl", "difficulty", "data.ignore_columns"]),
     (missing_column, ["bad.jsonl", "opc"]),
     (empty_file, ["empty.jsonl", "empty"]),
@@ -159,25 +99,28 @@ CASES: list[tuple[Change, list[str]]] = [
     (cut_off, ["bad.jsonl.gz", "cut off"]),
     (unlabelled_rows, ["bad.jsonl", "row 6", "no label"]),
     (contradictory_labels, ["bad.jsonl", "cop=0", "cop=4"]),
-    (nothing_to_train_on, ["no train questions", "data.train_file"]),
+    (["data.train_file=null"], ["no train questions", "data.train_file"]),
     (letters_of_two_tokens, ["' A'", "tokens", "model=gemma_2b"]),
-    (small_budget, ["data.token_budget", "16", "at least"]),
-    (half_precision, ["quant.compute_dtype=float16", "infinite", "bfloat16"]),
-    (half_precision_of_lightning, ["trainer.precision=16-mixed", "quant.compute_dtype"]),
+    (["data.token_budget=16"], ["data.token_budget", "16", "at least"]),
+    (["quant.compute_dtype=float16"], ["quant.compute_dtype=float16", "infinite", "bfloat16"]),
+    (["+trainer.precision=16-mixed"], ["trainer.precision=16-mixed", "quant.compute_dtype"]),
     (no_weights, ["bare", "no safetensors weights"]),
     (no_model, ["nowhere", "model.path"]),
     (another_architecture, ["llama", "gemma"]),
-    (nothing_trained, ["peft=none", "peft=lora_r16", "medqlora.evaluate"]),
-    (nothing_to_stop_by, ["callbacks=early_stopping", "val/loss", "data.val_file"]),
-    (no_such_layer, ["qq_proj"]),
-    (no_such_loss, ["NoLoss"]),
-    (no_such_key, ["rank"]),
-    (foreign_code, ["os.system"]),
-    (baselines_no_list, ["baselines=base_16bit is no list", "base_quantized"]),
-    (no_such_baseline, ["gpt4", "base_16bit"]),
-    (no_such_choice, ["select=newest", "best or last"]),
-    (less_than_no_question, ["data.limit_train=-1", "0 to leave the split out"]),
-    (no_end, ["trainer.max_epochs=-1", "trainer.max_steps"]),
+    (["peft=none"], ["peft=none", "peft=lora_r16", "medqlora.evaluate"]),
+    (
+        ["callbacks=early_stopping", "data.val_file=null"],
+        ["callbacks=early_stopping", "val/loss", "data.val_file"],
+    ),
+    (["peft.target_modules=[qq_proj]", "baselines=[base_quantized]"], ["qq_proj"]),
+    (["loss._target_=medqlora.finetuning.NoLoss"], ["NoLoss"]),
+    (["+peft.rank=8"], ["rank"]),
+    (["loss._target_=os.system"], ["os.system"]),
+    (["baselines=base_16bit"], ["baselines=base_16bit is no list", "base_quantized"]),
+    (["baselines=[gpt4]"], ["gpt4", "base_16bit"]),
+    (["select=newest"], ["select=newest", "best or last"]),
+    (["data.limit_train=-1"], ["data.limit_train=-1", "0 to leave the split out"]),
+    (["trainer.max_epochs=-1"], ["trainer.max_epochs=-1", "trainer.max_steps"]),
 ]
 
 
@@ -191,11 +134,15 @@ def assert_refused(ended: Ended, run_dir: Path, words: list[str]) -> None:
     assert not run_dir.exists(), sorted(run_dir.rglob("*"))
 
 
-@pytest.mark.parametrize(("change", "words"), CASES, ids=[change.__name__ for change, _ in CASES])
+def name_of(change: Change | list[str]) -> str:
+    return " ".join(change) if isinstance(change, list) else change.__name__
+
+
+@pytest.mark.parametrize(("change", "words"), CASES, ids=[name_of(change) for change, _ in CASES])
 def test_bad_input_is_refused_in_one_line(
     change, words, run_command, tiny_options, tiny_gemma_folder, tmp_path
 ):
-    overrides = change(tmp_path, tiny_gemma_folder)
+    overrides = change if isinstance(change, list) else change(tmp_path, tiny_gemma_folder)
     # Hydra refuses a key that is given twice, and the last one is meant.
     keys = {item.lstrip("+").split("=")[0] for item in overrides}
     options = [item for item in tiny_options if item.split("=")[0] not in keys]

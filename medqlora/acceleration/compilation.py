@@ -40,7 +40,7 @@ class Acceleration:
             of each layer, True the whole layer, "offload" the whole layer with its input kept in
             main memory.
         dropout_per: What the inputs that `peft.lora_dropout` drops are drawn for: each "token", as
-            peft does, or a whole "row" on the fast path, where dropout then costs nothing. That
+            peft does, or a whole "row" on the fast path, whose adapters then stay folded. That
             drops columns of A: dropout of the factors, as in Lin et al. 2024, arXiv:2404.09610.
         num_threads: Threads of a CPU operation; None for one a core.
 
@@ -127,9 +127,9 @@ class Acceleration:
             return self.compile
         if torch.device(device).type != "cuda":
             return "none"
-        recordable = self.gradient_checkpointing != "offload"
-        recorded = recordable and token_budget <= CUDA_GRAPHS_UP_TO
-        return "cuda_graphs" if recorded else "default"
+        if self.gradient_checkpointing == "offload" or token_budget > CUDA_GRAPHS_UP_TO:
+            return "default"
+        return "cuda_graphs"
 
 
 def accelerate(
