@@ -392,6 +392,18 @@ def test_ours_beside_a_published_number_is_chosen_on_val_and_differs_in_storage_
     assert rows["weights, 16 bit to 4 bit"].text == "- to -"
 
 
+def test_the_marks_of_an_axis_differ_where_its_values_hardly_do(tmp_path):
+    for place, (peft, ms) in enumerate({"lora_r8": 4.5566, "lora_r16": 4.5644}.items()):
+        config = base_config(f"peft={peft}", "seed=1")
+        write_run(tmp_path / "runs" / str(place), config, choices={"peft": peft}, ms=ms)
+    report(compose("report", [f"runs={tmp_path / 'runs'}"]), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    [plot] = re.findall(r'<svg[^>]*aria-label="[^"]*scoring time[^"]*">.*?</svg>', page, re.DOTALL)
+    marks = [text for text in re.findall(r">([\d.]+)</text>", plot) if text.startswith("4.5")]
+    assert len(marks) == len(set(marks)) > 2, marks
+    assert all(4.55 < float(mark) < 4.57 for mark in marks)
+
+
 def test_published_numbers_come_by_themselves_with_their_sweep(tmp_path):
     config = base_config()
     write_run(tmp_path / "0", config, choices={"sweep": "reference_study"})

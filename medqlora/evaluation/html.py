@@ -531,7 +531,7 @@ class _Axes:
             for tick in _log_ticks(self.x0, self.x1) if self.log else _ticks(self.x0, self.x1):
                 x = self.px(tick)
                 self.line("grid", x, self.top, x, self.bottom)
-                self.text(x, self.bottom + 15, _count(tick), kind="soft")
+                self.text(x, self.bottom + 15, _count(tick, digits=10), kind="soft")
         self.line("axis", self.left, self.bottom, self.right, self.bottom)
         middle = (self.left + self.right) / 2
         self.text(middle, self.height - 4, xlabel)
@@ -1025,13 +1025,13 @@ def _bytes(gb: float) -> str:
     return f"{1000 * gb:.3g} MB" if gb < 0.1 else _gb(gb)
 
 
-def _count(value: float | None) -> str:
+def _count(value: float | None, digits: int = 3) -> str:
     if value is None:
         return UNKNOWN
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.3g}"
+            return f"{value / size:.{digits}g} {letter}"
+    return f"{value:.{digits}g}"
 
 
 def _p(p: float) -> str:
