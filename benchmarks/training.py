@@ -40,7 +40,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTING = {"mlp": "mlp", "layers": "true", "offload": "offload"}
-EPOCH, NUM_VAL = 182_822, 5_000
+EPOCH, NUM_TRAIN, NUM_VAL = 182_822, 60_000, 5_000
 MEMORY_MARK, PROFILE_MARK = "DRIVER ", "PROFILE "
 PROFILED = range(40, 50)
 """Steps of a run that are profiled."""
@@ -351,7 +351,7 @@ def main() -> None:
         files = {name: Path(folder, f"{name}.jsonl") for name in names}
         files["cache"] = Path(folder, "cache")
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        counts = {"train": 20_000, "val": NUM_VAL, "test": len(lengths)}
+        counts = {"train": NUM_TRAIN, "val": NUM_VAL, "test": len(lengths)}
         counts |= {"epoch": EPOCH} if arguments.epoch else {}
         for seed, (name, count) in enumerate(counts.items()):
             write_questions(files[name], tokenizer, lengths, count, seed)

@@ -110,6 +110,7 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> Path:
         datamodule.setup()
         _check_data(cfg, datamodule)
         splits = ["val", cfg.split] if cfg.evaluate.calibrate == "val" else [cfg.split]
+        datamodule.fit_eval_rows(splits)
         if backend == "packed" and cfg.evaluate.mode == "score":
             scorer = score_into(record, cfg, datamodule, splits)
         else:

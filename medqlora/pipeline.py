@@ -38,6 +38,7 @@ from medqlora.acceleration import (
     prepare_for_training,
     use_packed_attention,
 )
+from medqlora.acceleration.memory import KNOWN_SHAPES, scoring_tokens
 from medqlora.data import MedMCQADataModule, PromptTemplate, load_tokenizer
 from medqlora.data.cache import KeptData
 from medqlora.data.packing import PackedLoader
@@ -309,6 +310,7 @@ def build_datamodule(
         prompt=prompt,
         seed=cfg["seed"],
         targets=loss_targets,
+        most_eval_tokens=_most_eval_tokens(cfg),
         pin_memory=device_of(cfg).type == "cuda",
         rank=processes.rank(),
         world_size=processes.world_size(),
@@ -316,6 +318,16 @@ def build_datamodule(
     )
     assert isinstance(datamodule, MedMCQADataModule)
     return datamodule
+
+
+def _most_eval_tokens(cfg: Config) -> int | None:
+    """Longest row that `data.eval_token_budget=auto` may choose; None for that of training."""
+    device = device_of(cfg)
+    if cfg["data"].get("eval_token_budget") != "auto" or device.type != "cuda":
+        return None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    size = make(cfg["quant"]).torch_dtype.itemsize
+    return scoring_tokens(_model_config(cfg) or KNOWN_SHAPES["gemma-7b"], memory, size)
 
 
 def build_base(
@@ -382,7 +394,7 @@ def scoring_backend(cfg: Config) -> str:
     backend = (cfg.get("evaluate") or {}).get("backend", "auto")
     if backend not in BACKENDS:
         raise ConfigError(f"evaluate.backend={backend} is unknown. Choose {' or '.join(BACKENDS)}.")
-    kind = _model_type(cfg)
+    kind = (_model_config(cfg) or {}).get("model_type")
     path = cfg["model"]["path"]
     if backend == "packed" and kind not in (None, "gemma"):
         raise ConfigError(
@@ -400,8 +412,8 @@ def scoring_backend(cfg: Config) -> str:
     return "stock"
 
 
-def _model_type(cfg: Config) -> str | None:
-    """The architecture a model names in its config.json; None where it cannot be read."""
+def _model_config(cfg: Config) -> dict[str, Any] | None:
+    """What a model says of itself in its config.json; None where it cannot be read."""
     model = cfg["model"]
     try:
         raw, _ = PretrainedConfig.get_config_dict(
@@ -409,7 +421,7 @@ def _model_type(cfg: Config) -> str | None:
         )
     except Exception:  # who loads the model says what is wrong with it
         return None
-    return raw.get("model_type")
+    return raw
 
 
 def build_generator(
@@ -668,6 +680,7 @@ def data_section(datamodule: MedMCQADataModule) -> dict[str, Any]:
         "dropped": dict(datamodule.dropped),
         "num_truncated": datamodule.num_truncated,
         "num_options": datamodule.num_options,
+        "eval_token_budget": datamodule.eval_token_budget,
     }
 
 
@@ -754,6 +767,8 @@ def load_run(run_dir: str | Path, *, device: str = "auto") -> LoadedRun:
     config["trainer"] = {**config["trainer"], "accelerator": "gpu" if gpu else "cpu"}
     metrics = read_run(run_dir).metrics
     adapter = adapter_of(run_dir, config)
+    if config["data"].get("eval_token_budget") == "auto":
+        config["data"] = {**config["data"], "eval_token_budget": None}  # for whole splits alone
     datamodule = build_datamodule(config)
     if config["prompt"].get("num_shots"):
         datamodule.setup()

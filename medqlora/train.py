@@ -160,7 +160,9 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
         shorter = _with_rows(
             cfg, token_budget, accumulate_grad_batches // cfg.trainer.accumulate_grad_batches
         )
-        _fit_and_score(shorter, run_dir, record, _read_data(shorter), go_on=False)
+        reread = _read_data(shorter)
+        record.metrics["data"] = pipeline.data_section(reread)
+        _fit_and_score(shorter, run_dir, record, reread, go_on=False)
 
     fit_in_memory(
         train_with,
@@ -183,7 +185,7 @@ def _with_rows(cfg: DictConfig, token_budget: int, times: int) -> DictConfig:
     cfg.data.token_budget = token_budget
     for key in ("eval_token_budget", "max_length"):
         if cfg.data.get(key):
-            cfg.data[key] = min(cfg.data[key], token_budget)
+            cfg.data[key] = None if cfg.data[key] == "auto" else min(cfg.data[key], token_budget)
     cfg.trainer.accumulate_grad_batches *= times
     if isinstance(cfg.trainer.get("val_check_interval"), int):
         cfg.trainer.val_check_interval *= times

@@ -44,12 +44,14 @@ def device_of(monkeypatch):
     return make
 
 
+@pytest.mark.parametrize("scoring", ["null", "auto"])
 def test_out_of_memory_halves_the_rows_and_keeps_the_tokens_of_an_update(
-    options, device_of, tmp_path, caplog
+    options, device_of, tmp_path, caplog, scoring
 ):
     """After five rows of the first length, so that a checkpoint and a validation lie behind."""
     rows = device_of(256, after=5)
     run_dir = tmp_path / "run"
+    options = [*options, f"data.eval_token_budget={scoring}"]
     train(compose("train", [*options, "callbacks.checkpoints.every_n_steps=1"]), run_dir)
     assert set(rows[:6]) == {512}
     assert set(rows[6:]) == {256}
@@ -58,6 +60,9 @@ def test_out_of_memory_halves_the_rows_and_keeps_the_tokens_of_an_update(
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["status"] == "completed"
     assert metrics["train"]["token_budget"] == 256
+    assert metrics["data"]["eval_token_budget"] <= 256, (
+        "what is short of memory scores as it trains"
+    )
     assert metrics["train"]["accumulate_grad_batches"] == 2
     assert metrics["train"]["num_questions"] == 64, "each question once, none of the first try"
     assert metrics["train"]["num_steps"] == -(-len(rows[6:]) // 2)

@@ -31,6 +31,9 @@ KNOWN_SHAPES: Mapping[str, Mapping[str, int]] = {
 }
 """Shapes of the published models, for a machine that has not downloaded their config."""
 
+MOST_SCORING_TOKENS = 32_768
+"""Longest row of scoring: on an H100 longer ones are slower."""
+
 _WORKING_MLP, _WORKING_HIDDEN = 7, 4
 """Tensors of a plain layer that live at once in its backward pass, by their width; fitted."""
 
@@ -186,6 +189,29 @@ def estimate_training_memory(
         activations_gb=token_budget * (kept + in_flight) * compute_bytes / 1e9,
         working_gb=working * compute_bytes / 1e9,
     )
+
+
+def scoring_tokens(shape: Any, memory: float, compute_bytes: int = 2) -> int:
+    """Longest row whose scoring takes a quarter of a device's memory, beside the weights.
+
+    A row of T tokens needs T b (3 m + 4 d) bytes in the layer under way, in the terms of
+    `estimate_training_memory`.
+
+    Args:
+        shape: As for `estimate_training_memory`.
+        memory: Of the device, in bytes.
+        compute_bytes: Bytes of a number in `quant.compute_dtype`.
+
+    Returns:
+        Tokens, a power of two, `MOST_SCORING_TOKENS` at most.
+    """
+    a_token = compute_bytes * (
+        3 * int(_get(shape, "intermediate_size")) + 4 * int(_get(shape, "hidden_size"))
+    )
+    tokens = MOST_SCORING_TOKENS
+    while tokens > 256 and tokens * a_token > memory / 4:
+        tokens //= 2
+    return tokens
 
 
 def _get(shape: Any, key: str) -> Any:

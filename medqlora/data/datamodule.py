@@ -29,7 +29,14 @@ from medqlora.data.medmcqa import (
     question_digest,
     sample_rows,
 )
-from medqlora.data.packing import PackedLoader, RowPlan, build_row, max_questions_of
+from medqlora.data.packing import (
+    ROW_COST,
+    PackedLoader,
+    RowPlan,
+    build_row,
+    full_budgets,
+    max_questions_of,
+)
 from medqlora.data.prompts import PromptTemplate
 from medqlora.data.readers import RawRows, read_hub, read_rows
 from medqlora.data.tokenization import (
@@ -81,7 +88,8 @@ class MedMCQADataModule(LightningDataModule):
         num_val: Questions of val that are cut from train; 0 cuts none.
         num_test: Questions of test that are cut from the pool.
         token_budget: Tokens of a training row.
-        eval_token_budget: Tokens of a val or test row; None for the same.
+        eval_token_budget: Tokens of a val or test row; None for the same, "auto" for what scores
+            them in the least time, `most_eval_tokens` at most.
         max_length: Most tokens of a question; None for `token_budget`.
         limit_train: Questions of train that are used; None for all, 0 leaves the split out.
         limit_val: Likewise for val.
@@ -99,6 +107,7 @@ class MedMCQADataModule(LightningDataModule):
         num_workers: Processes that build rows; building one takes microseconds, so 0 will do.
         pin_memory: Whether batches lie in page-locked memory; None for where there is CUDA.
         cache_dir: Folder of the Arrow cache; None for MEDQLORA_CACHE or `~/.cache/medqlora`.
+        most_eval_tokens: Longest row that "auto" may choose; None for `token_budget`.
         rank: Number of this process, where no trainer tells.
         world_size: Number of processes, where no trainer tells.
         kept: Where what was read and tokenised is shared with other data modules of this process;
@@ -135,7 +144,7 @@ class MedMCQADataModule(LightningDataModule):
         num_val: int = 0,
         num_test: int = 0,
         token_budget: int = 2048,
-        eval_token_budget: int | None = None,
+        eval_token_budget: int | Literal["auto"] | None = None,
         max_length: int | None = None,
         limit_train: int | None = None,
         limit_val: int | None = None,
@@ -150,6 +159,7 @@ class MedMCQADataModule(LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
         cache_dir: str | None = None,
+        most_eval_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         kept: cache.KeptData | None = None,
@@ -170,11 +180,13 @@ class MedMCQADataModule(LightningDataModule):
         self.num_val = num_val
         self.num_test = num_test
         self.token_budget = _budget("token_budget", token_budget)
+        self.fits_eval_rows = eval_token_budget == "auto"
         self.eval_token_budget = (
             self.token_budget
-            if eval_token_budget is None
+            if eval_token_budget in (None, "auto")
             else _budget("eval_token_budget", eval_token_budget)
         )
+        self.most_eval_tokens = max(most_eval_tokens or 0, self.token_budget)
         self.limit = self.token_budget if max_length is None else _budget("max_length", max_length)
         self.limits = dict(zip(SPLITS, (limit_train, limit_val, limit_test), strict=True))
         self.label_base = label_base
@@ -593,6 +605,33 @@ class MedMCQADataModule(LightningDataModule):
             for tokens in self._tokenized.values()
         )
         self.max_questions = max_questions_of(self._mean_length, self.token_budget)
+        self.fit_eval_rows([split for split in ("val", "test") if split in self._tokenized])
+
+    def fit_eval_rows(self, splits: Sequence[str]) -> None:
+        """Choose the rows that score some splits in the least time, one length for all of them.
+
+        Does nothing unless `eval_token_budget` is "auto". `setup` does it for val and test.
+
+        Args:
+            splits: What is going to be scored.
+        """
+        if not self.fits_eval_rows or not splits:
+            return
+        scored = [self._tokenized[split] for split in splits]
+        budgets: set[int] = set()
+        for tokens in scored:
+            shared = self._prefix_length(tokens)
+            total = int((tokens.lengths - shared).sum())
+            budgets.update(full_budgets(total, self.most_eval_tokens, self.limit, shared))
+
+        def cost(budget: int) -> int:
+            options: dict[str, Any] = {"shuffle": False, "world_size": self._world()[1]}
+            rows = sum(self._rows(tokens, budget, **options).num_rows for tokens in scored)
+            return rows * (budget + ROW_COST)
+
+        self.eval_token_budget = min(sorted(budgets), key=cost)
+        for split in splits:
+            self._plans.pop(split, None)
 
     def _prefix_length(self, tokenized: TokenizedQuestions) -> int:
         """Tokens that stand once in each row of these questions."""

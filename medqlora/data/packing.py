@@ -42,6 +42,27 @@ def max_questions_of(mean_length: float, token_budget: int) -> int:
     return max(8, 8 * math.ceil(1.5 * token_budget / mean_length / 8))
 
 
+ROW_COST = 1024
+"""Tokens that take as long as what a row costs beside its own: its weights are dequantised once."""
+
+
+def full_budgets(total: int, most: int, least: int, shared: int = 0) -> list[int]:
+    """Row lengths under which the rows of some questions are all full.
+
+    Args:
+        total: Tokens of all questions, without those they share.
+        most: Longest row.
+        least: Shortest row.
+        shared: Tokens that stand once in each row.
+
+    Returns:
+        `most`, and for each number of rows, from the fewest on, a multiple of 256.
+    """
+    fewest = max(1, math.ceil(total / (most - shared)))
+    even = (256 * math.ceil((total / n + shared) / 256) for n in range(fewest, fewest + 8))
+    return [most, *(budget for budget in even if least <= budget < most)]
+
+
 def pack(
     lengths: Int[np.ndarray, " question"],
     order: Int[np.ndarray, " question"],

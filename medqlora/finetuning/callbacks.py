@@ -33,8 +33,8 @@ class Throughput(Callback):
     """Questions and tokens a second of training, without waiting for the device in between.
 
     The clock stops during validation and starts after `warmup_steps` rows, which hold compilation.
-    It waits for the device only where it starts and stops. Of several processes each counts its own
-    rows; their sum is taken when a checkpoint is written and at the end.
+    It waits for the device only where it starts and stops, and to log. Of several processes each
+    counts its own rows; their sum is taken when a checkpoint is written and at the end.
 
     Args:
         warmup_steps: Rows left out at the start.
@@ -100,6 +100,7 @@ class Throughput(Callback):
             self._timed_tokens += batch.num_tokens
             # Each value logged is a copy to the device, which waits for it: no more than are read.
             if between_updates(trainer) and trainer._logger_connector.should_update_logs:
+                _wait(pl_module)  # before the clock is read: rows are launched ahead of it
                 for name in ("questions_per_second", "tokens_per_second"):
                     rate = (getattr(self, name) or 0.0) * trainer.world_size
                     pl_module.log(f"train/{name}", rate, batch_size=1)
@@ -583,6 +584,8 @@ class ProgressBar(RichProgressBar):
         """What stands behind the bar; before the rate is known, how long the first step took."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        if (loss := trainer.callback_metrics.get("train/loss")) is not None:
+            metrics = {"train/loss": float(loss), **metrics}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Throughput):
                 if callback.questions_per_second:
@@ -606,10 +609,7 @@ class ProgressBar(RichProgressBar):
         batch: PackedBatch,
         batch_idx: int,
     ) -> None:
-        """Move the bar, under its plain name once the first step is done.
-
-        Lightning reads the loss after every row, drawn or not, and so waits for the device.
-        """
+        """Move the bar, under its plain name once the first step is done."""
         early = time.monotonic() < self._drawn + self.refresh_seconds
         if early and batch_idx and not trainer.is_last_batch:
             return

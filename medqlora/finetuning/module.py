@@ -105,11 +105,12 @@ class MCQAModule(LightningModule):
         total, count = self.loss(self.model, batch, self.letter_rows, self.letter_ids)
         self.window_count += count
         mean = total.detach() / count.clamp(min=1)
+        # Not for the bar: Lightning would read it after every row, drawn or not, and so wait for
+        # the device. `ProgressBar` reads it when it draws.
         self.log(
             "train/loss",
             mean,
             batch_size=batch.num_questions,
-            prog_bar=True,
             sync_dist=self.trainer.world_size > 1,
         )
         if (tuner := self._adalora()) is not None:

@@ -8,7 +8,12 @@ import itertools
 import pytest
 from transformers import GemmaConfig
 
-from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
+from medqlora.acceleration.memory import (
+    KNOWN_SHAPES,
+    MOST_SCORING_TOKENS,
+    estimate_training_memory,
+    scoring_tokens,
+)
 
 GEMMA_2B = KNOWN_SHAPES["gemma-2b"]
 
@@ -119,3 +124,18 @@ def test_a_config_and_a_mapping_say_the_same():
 def test_a_row_has_tokens():
     with pytest.raises(ValueError, match="at least one token"):
         estimate_training_memory(GEMMA_2B, token_budget=0)
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "tokens"), [(80, 32_768), (16, 32_768), (8, 16_384), (1, 2048)]
+)
+def test_rows_of_scoring_take_at_most_a_quarter_of_the_device(memory_gb, tokens):
+    assert scoring_tokens(GEMMA_2B, memory_gb * 1e9) == tokens
+    assert MOST_SCORING_TOKENS == 32_768
+
+
+def test_wider_numbers_and_layers_leave_room_for_fewer_tokens():
+    plain = scoring_tokens(GEMMA_2B, 8e9)
+    assert scoring_tokens(GEMMA_2B, 8e9, compute_bytes=4) == plain / 2
+    assert scoring_tokens(KNOWN_SHAPES["gemma-7b"], 8e9) == plain / 2
+    assert scoring_tokens(GEMMA_2B, 1.0) == 256

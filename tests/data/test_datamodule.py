@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from medqlora.config import CONFIG_DIR
 from medqlora.data import MedMCQADataModule, PromptTemplate, cache
+from medqlora.data.packing import ROW_COST
 from medqlora.errors import CheckpointError, ConfigError, DataError
 from tests.data.data_tools import HARNESS, question, raw_row, write_jsonl
 
@@ -69,6 +70,46 @@ def test_every_question_is_scored_once_with_its_own_answer(make_data):
             asked = data.questions["val"][row.index[place]]
             assert text == "<bos>" + data.prompt.render(asked)[0]
     assert seen == {i: q.answer for i, q in enumerate(data.questions["val"])}
+
+
+def test_rows_of_scoring_are_as_long_as_fills_them_where_that_is_asked_for(make_data):
+    options = {"num": 400, "num_val": 150, "eval_token_budget": "auto"}
+    data = make_data(**options, most_eval_tokens=4096)
+    data.setup()
+    budget = data.eval_token_budget
+    assert 256 < budget < 4096
+    assert budget % 256 == 0
+    rows = list(data.val_dataloader())
+    assert {tuple(row.input_ids.shape) for row in rows} == {(budget,)}
+    assert sorted(i for row in rows for i in row.index.tolist() if i >= 0) == list(range(150))
+    longest = make_data(num=400, num_val=150, eval_token_budget=4096)
+    longest.setup()
+    assert data.fill_fraction("val") > 0.9 > longest.fill_fraction("val")
+    # Training keeps its rows, and a split of another size wants others.
+    assert next(iter(data.train_dataloader())).input_ids.shape == (256,)
+    data.fit_eval_rows(["train"])
+    assert data.eval_token_budget != budget
+    assert {row.input_ids.shape[0] for row in data.loader("train")} == {data.eval_token_budget}
+    # Without a device that holds more, rows are those of training.
+    same = make_data(**options)
+    same.setup()
+    assert same.eval_token_budget == 256
+
+
+def test_one_length_serves_val_and_test_and_is_the_best_for_both(make_data, tmp_path):
+    test = write_jsonl(tmp_path / "test.jsonl", [raw_row(i) for i in range(500, 560)])
+    data = make_data(
+        400, num_val=150, test_file=test, eval_token_budget="auto", most_eval_tokens=4096
+    )
+    data.setup()
+    rows = [*data.val_dataloader(), *data.test_dataloader()]
+    assert {row.input_ids.shape[0] for row in rows} == {data.eval_token_budget}
+    chosen = len(rows) * (data.eval_token_budget + ROW_COST)
+    for budget in range(512, 4096, 256):
+        other = make_data(400, num_val=150, test_file=test, eval_token_budget=budget)
+        other.setup()
+        num_rows = other.num_rows("val") + other.num_rows("test")
+        assert chosen <= num_rows * (budget + ROW_COST)
 
 
 def test_all_rows_of_a_run_have_the_same_shapes_and_bounds(make_data):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from medqlora.data.packing import (
     PackedLoader,
     RowPlan,
     build_row,
+    full_budgets,
     max_questions_of,
     pack,
     spread,
@@ -84,6 +87,33 @@ def test_rows_are_full_at_medmcqas_lengths():
         plan = RowPlan(lengths, budget, places)
         assert plan.fill_fraction >= least
         assert max(map(len, plan.rows(1))) <= places
+
+
+@given(
+    total=st.integers(1, 10**7),
+    most=st.integers(300, 40_000),
+    least=st.integers(1, 300),
+    shared=st.integers(0, 40),
+)
+@MODEST
+def test_full_budgets_hold_all_questions_in_the_rows_they_are_for(total, most, least, shared):
+    budgets = full_budgets(total, most, least, shared)
+    assert budgets[0] == most
+    for budget in budgets[1:]:
+        assert least <= budget < most
+        assert budget % 256 == 0
+    numbers = [math.ceil(total / (budget - shared)) for budget in budgets]
+    assert min(numbers) == numbers[0] == math.ceil(total / (most - shared))
+    assert max(numbers) <= numbers[0] + 7
+
+
+def test_medmcqas_validation_set_has_a_budget_that_its_rows_fill():
+    lengths = medmcqa_like(4183)
+    filled = []
+    for budget in full_budgets(int(lengths.sum()), 32_768, 2048):
+        plan = RowPlan(lengths, budget, max_questions_of(lengths.mean(), budget), shuffle=False)
+        filled.append(plan.fill_fraction)
+    assert max(filled) > 0.993
 
 
 def test_epochs_differ_and_an_epoch_repeats_itself():

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.trainer.connectors.logger_connector import result
 
 from medqlora.errors import TrainingError
 from medqlora.finetuning import (
@@ -209,19 +210,33 @@ def test_the_bar_shows_questions_a_second_and_the_loss(
     assert not any("v_num" in metrics for metrics in bar.shown)
 
 
+def test_the_loss_is_read_when_the_bar_is_drawn_and_not_after_every_row(
+    make_module, make_trainer, rows, monkeypatch
+):
+    """Lightning turns what is logged for its bar into numbers after every row."""
+    read = []
+    monkeypatch.setattr(result, "convert_tensors_to_scalars", lambda value: read.append(value) or 0)
+    callbacks = [Keep(refresh_seconds=3600.0), Throughput(warmup_steps=1)]
+    trainer = make_trainer(max_epochs=1, enable_progress_bar=True, callbacks=callbacks)
+    trainer.fit(make_module(), Loader((rows * 5)[:5]))
+    assert trainer.global_step == 5
+    assert not read
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("loss", ["choice", "token", "explanation"])
 def test_no_step_waits_for_the_device(make_module, make_trainer, rows, loss):
-    """Torch raises at whatever would, from the second step to the one before the last look."""
+    """Torch raises at whatever would, from the second step to the last, and between them."""
+    watched = []
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step >= 2:
+            if trainer.global_step == 2:
                 torch.cuda.set_sync_debug_mode("error")
-
-        def on_train_batch_end(self, *args):
-            torch.cuda.set_sync_debug_mode("default")
+            elif trainer.global_step == 4:
+                watched.append(torch.cuda.get_sync_debug_mode())
+                torch.cuda.set_sync_debug_mode("default")
 
     module = make_module("nf4", "lora_r4", loss=loss, compute_dtype="bfloat16")
     trainer = make_trainer(
@@ -230,5 +245,9 @@ def test_no_step_waits_for_the_device(make_module, make_trainer, rows, loss):
         gradient_clip_val=1.0,
         callbacks=[NaNGuard(every_n_rows=1000), Throughput(), GradientGuard(), Watch()],
     )
-    trainer.fit(module, Loader([row.pin_memory() for row in rows]))
+    try:
+        trainer.fit(module, Loader([row.pin_memory() for row in rows]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert trainer.global_step == 5
+    assert watched == [2]
