@@ -77,7 +77,7 @@ def test_rows_that_cannot_fit_are_refused_before_anything_is_loaded(gpu_of, capl
     assert "about 40.9 GB of the 80.0 GB" in caplog.text
 
 
-@pytest.mark.parametrize(("gb", "tokens"), [(80, 32_768), (8, 32_768), (0.1, 2048)])
+@pytest.mark.parametrize(("gb", "tokens"), [(80, 65_536), (8, 65_536), (0.1, 2048)])
 def test_rows_of_scoring_may_be_as_long_as_the_gpu_holds(gpu_of, gb, tokens):
     """The bundled model is narrow: a row of 2,048 tokens of it takes 4 MB."""
     cfg = compose("train", ["experiment=quickstart", "data.eval_token_budget=auto"])

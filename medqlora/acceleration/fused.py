@@ -619,9 +619,18 @@ class _FoldedLinear(torch.autograd.Function):
             weight = _weight(tuple(stored), lora_a, lora_b, ctx.fixed, backward=True)
             grad_x = _product(grad, weight, sizes)
         if lora_a is not None and ctx.needs_input_grad[1]:
-            down = x @ lora_a.t()
-            grad_down, grad_b = torch.ops.medqlora.lora_gradient(grad, down, lora_b)
-            grad_a = (grad_down.t() @ x) * sizes.scaling
+            # The wider of input and gradient is passed over once, the other one twice.
+            if x.shape[1] > grad.shape[1]:
+                grad_down = grad @ lora_b
+                down, grad_a = torch.ops.medqlora.lora_gradient(
+                    x, grad_down, lora_a.t().contiguous()
+                )
+                grad_a, grad_b = grad_a.t(), grad.t() @ down
+            else:
+                down = x @ lora_a.t()
+                grad_down, grad_b = torch.ops.medqlora.lora_gradient(grad, down, lora_b)
+                grad_a = grad_down.t() @ x
+            grad_a = (grad_a * sizes.scaling).to(lora_a.dtype)
             grad_b = (grad_b * sizes.scaling).to(lora_b.dtype)
         return grad_x, grad_a, grad_b, *([None] * 9)
 

@@ -125,7 +125,9 @@ def _(
 def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     """`grad @ lora_b` and `grad.T @ down` in one pass over `grad`, the largest tensor of the step.
 
-    Sums run in a fixed order, so that the same inputs give the same bits.
+    Sums run in a fixed order, so that the same inputs give the same bits. Where a layer's input is
+    wider than its output, the input stands for `grad`, the gradient of `down` for `down` and
+    `lora_a.T` for `lora_b`; the results are `down` and the gradient of `lora_a.T`.
 
     Args:
         grad: Gradient of a layer's output, (token, out_features), contiguous bfloat16.

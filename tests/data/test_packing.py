@@ -110,7 +110,7 @@ def test_full_budgets_hold_all_questions_in_the_rows_they_are_for(total, most, l
 def test_medmcqas_validation_set_has_a_budget_that_its_rows_fill():
     lengths = medmcqa_like(4183)
     filled = []
-    for budget in full_budgets(int(lengths.sum()), 32_768, 2048):
+    for budget in full_budgets(int(lengths.sum()), 65_536, 2048):
         plan = RowPlan(lengths, budget, max_questions_of(lengths.mean(), budget), shuffle=False)
         filled.append(plan.fill_fraction)
     assert max(filled) > 0.993
