@@ -62,7 +62,7 @@ def draw(points: list[dict], path: Path) -> None:
         name = f"{point['label']}: " if point["kind"] == "peer" else ""
         if point["kind"] in ("peer", "command"):
             colour = MARKS[point["kind"]][1]
-            place = (point["tokens"] * 1.16, rate)
+            place = (point["tokens"] * 1.16, min(rate, 0.88 * compute))  # clear of the roof
             axes.text(*place, f"{name}{rate:,.0f}", color=colour, fontsize=9, va="center")
     axes.set(xscale="log", yscale="log", xlim=(24, 90_000), ylim=(15, 4000))
     ticks = [64, 256, 1024, 2048, 4096, 16_384, 65_536]

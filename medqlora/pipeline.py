@@ -639,7 +639,7 @@ def score(cfg: Config, module: MCQAModule, datamodule: MedMCQADataModule, split:
     )
     loader = datamodule.loader(split)
     if device.type == "cuda":
-        _compile_first(module.to(device), loader)
+        _score_first(module.to(device), loader)
         torch.cuda.reset_peak_memory_stats(device)
     trainer.test(module, dataloaders=loader, verbose=False)
     seconds = clock.seconds
@@ -662,10 +662,16 @@ class _Clock(Callback):
         self.seconds = time.perf_counter() - self._started
 
 
-def _compile_first(module: MCQAModule, loader: PackedLoader) -> None:
-    """Run a row before the clock starts: compilation is no part of what scoring takes."""
+def _score_first(module: MCQAModule, loader: PackedLoader) -> None:
+    """Score a row before the clock starts, and forget it.
+
+    Compilation is no part of what scoring takes, nor is loading the metrics' kernels, for which the
+    device is waited for.
+    """
     with torch.inference_mode():
-        module(next(iter(loader)).to(module.device))
+        module.test_step(next(iter(loader)).to(module.device), 0)
+    for metric in (module.metrics["test"], module.predictions["test"]):
+        metric.reset()  # type: ignore[operator]
     torch.cuda.synchronize(module.device)
 
 

@@ -244,6 +244,22 @@ def test_scores_do_not_depend_on_the_order_of_the_questions(
     assert one.metrics["test"]["sha256"] == other.metrics["test"]["sha256"]
 
 
+def test_a_row_scored_before_the_clock_starts_leaves_nothing_behind(options, monkeypatch):
+    cfg = compose("evaluate", options)
+    datamodule = pipeline.build_datamodule(cfg)
+    datamodule.setup()
+    module = pipeline.build_scoring_module(cfg, pipeline.build_base(cfg), datamodule)
+    plain = pipeline.score(cfg, module, datamodule, "test")
+    metrics = module.metrics["test"]
+    metrics.reset()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    pipeline._score_first(module, datamodule.loader("test"))
+    assert int(metrics.count) == 0
+    again = pipeline.score(cfg, module, datamodule, "test")
+    assert again.predictions == plain.predictions
+    assert again.section == plain.section
+
+
 # --- beside the plain numbers ---------------------------------------------------------------------
 
 
