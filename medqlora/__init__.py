@@ -22,6 +22,10 @@ if sys.argv[:1] == ["-m"]:
     # cuBLAS takes 32 MiB on a Hopper for every stream and thread that multiplies; a quarter is as
     # fast here (`benchmarks/README.md`).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    # Threads of a CPU operation spin for milliseconds until the last of them is done. Where others
+    # use the cores as well, that one may have none, and everything takes twenty times as long.
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 # On the CPU bitsandbytes looks for a faster kernel on the hub and warns when the finder is not
 # installed.

@@ -123,7 +123,8 @@ def test_auto_becomes_a_number_that_is_remembered(monkeypatch, tmp_path, caplog)
     """A real forward, backward and optimiser step, once; the second time the file answers."""
     monkeypatch.setenv("MEDQLORA_CACHE", str(tmp_path))
     monkeypatch.setattr(budget, "BUDGETS", (512, 1024))
-    cfg = compose("train", ["experiment=quickstart", "data.token_budget=auto"])
+    options = ["acceleration.num_threads=1", "data.token_budget=auto"]
+    cfg = compose("train", ["experiment=quickstart", *options])
     with caplog.at_level("INFO", logger="medqlora"):
         assert with_token_budget(cfg).data.token_budget == 1024
         assert list(json.loads((tmp_path / "token_budgets.json").read_text()).values()) == [1024]
