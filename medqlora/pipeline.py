@@ -326,8 +326,10 @@ def _most_eval_tokens(cfg: Config) -> int | None:
     if cfg["data"].get("eval_token_budget") != "auto" or device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory
-    size = make(cfg["quant"]).torch_dtype.itemsize
-    return scoring_tokens(_model_config(cfg) or KNOWN_SHAPES["gemma-7b"], memory, size)
+    shape: Mapping[str, Any] = _model_config(cfg) or {}
+    if shape.get("model_type") != "gemma":  # others may name their sizes otherwise
+        shape = KNOWN_SHAPES["gemma-7b"]
+    return scoring_tokens(shape, memory, make(cfg["quant"]).torch_dtype.itemsize)
 
 
 def build_base(
