@@ -852,9 +852,10 @@ class MedMCQADataModule(LightningDataModule):
 def _budget(option: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         hint = " (auto is turned into a number before the data are read)" if value == "auto" else ""
+        auto = ", or auto" if option == "eval_token_budget" else ""
         raise ConfigError(
             f"data.{option}={value!r} is no number of tokens{hint}: give a whole number such as "
-            "2048."
+            f"2048{auto}."
         )
     return value
 

@@ -176,7 +176,10 @@ def test_decontamination_removes_near_duplicates_from_train_alone(tmp_path, make
         ({"token_budget": 0}, "no number of tokens"),
         ({"max_length": 512}, "above data.token_budget=256"),
         ({"eval_token_budget": 128}, "below the 256 tokens"),
-        ({"eval_token_budget": "most"}, "eval_token_budget='most' is no number"),
+        (
+            {"eval_token_budget": "most"},
+            "is no number of tokens: give a whole number such as 2048, or auto",
+        ),
         ({"train_file": None}, "no data are given"),
         ({"hub": "some/set"}, "only one can be read"),
         ({"num_test": 5}, "no effect with data.splits=official"),
