@@ -23,7 +23,7 @@ if sys.argv[:1] == ["-m"]:
     # fast here (`benchmarks/README.md`).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # Threads of a CPU operation spin for milliseconds until the last of them is done. Where others
-    # use the cores as well, that one may have none, and everything takes twenty times as long.
+    # use the cores as well, that one may have none, and everything takes many times as long.
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
 

@@ -180,7 +180,7 @@ class MedMCQADataModule(LightningDataModule):
         self.num_val = num_val
         self.num_test = num_test
         self.token_budget = _budget("token_budget", token_budget)
-        self.fits_eval_rows = eval_token_budget == "auto"
+        self._fits_eval_rows = eval_token_budget == "auto"
         self.eval_token_budget = (
             self.token_budget
             if eval_token_budget in (None, "auto")
@@ -615,7 +615,7 @@ class MedMCQADataModule(LightningDataModule):
         Args:
             splits: What is going to be scored.
         """
-        if not self.fits_eval_rows or not splits:
+        if not self._fits_eval_rows or not splits:
             return
         scored = [self._tokenized[split] for split in splits]
         budgets: set[int] = set()
