@@ -1,14 +1,14 @@
 """Attention over a packed row: each question sees itself, and the tokens that all of them share.
 
 On CUDA in 16 bit this is `torch.nn.attention.varlen.varlen_attn`; elsewhere the questions are laid
-out as a padded batch for `scaled_dot_product_attention` and put back. Both hide behind one name in
+out as padded batches for `scaled_dot_product_attention` and put back. Both hide behind one name in
 transformers' registry, so the modelling code of Gemma stays upstream's.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from medqlora.errors import ModelError
 
 PACKED_ATTENTION = "medqlora_packed"
 """Name of this attention in transformers' registry."""
+
+BATCHES = 4
+"""Batches that the questions of a row are padded in: the more, the less padding, the more calls."""
 
 _VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
 # torch 2.11 has a flag for causal attention, later versions a window of (left, right) tokens.
@@ -103,13 +106,13 @@ def packed_attention(
     References:
         Multi-query attention: Shazeer 2019, arXiv:1911.02150.
     """
+    # The kernel has no float32 version.
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return _padded(query, key, value, cu_seqlens, scale, prefix_length)
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    # The kernel has no float32 version.
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, cu_seqlens, max_length, scale, prefix_length)
-    return _padded(query, key, value, cu_seqlens, scale, prefix_length)
+    return _varlen(query, key, value, cu_seqlens, max_length, scale, prefix_length)
 
 
 def _varlen(
@@ -175,88 +178,109 @@ def _padded(
     scale: float | None,
     prefix_length: int,
 ) -> Tensor:
-    """The same through a batch padded on the right, which causal attention never looks at."""
-    if prefix_length:
-        shared, (query, own_key, own_value) = (
-            tuple(t[:prefix_length] for t in (query, key, value)),
-            tuple(t[prefix_length:] for t in (query, key, value)),
+    """The same through batches padded on the right, which causal attention never looks at."""
+    num_tokens, group, dtype = query.shape[0], query.shape[1] // key.shape[1], query.dtype
+    if query.device.type == "cpu":
+        # In 16 bit the backward pass takes ten times as long there.
+        query, key, value = query.float(), key.float(), value.float()
+    layout = _Layout.of(cu_seqlens, prefix_length)
+    query, key, value = (_Spread.apply(t, layout) for t in (query, key, value))
+    attended, begin = [], 0
+    for num_lines, width in layout.shapes:
+        end = begin + num_lines * width
+        q, k, v = (
+            t[begin:end].unflatten(0, (num_lines, width)).transpose(1, 2)
+            for t in (query, key, value)
         )
-        q, k, v = (t.transpose(0, 1)[None] for t in shared)
-        of_prefix = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        of_prefix = of_prefix[0].transpose(0, 1)
-        own = _padded_questions(
-            query, own_key, own_value, cu_seqlens - prefix_length, scale, shared[1:]
-        )
-        return torch.cat([of_prefix, own])
-    return _padded_questions(query, key, value, cu_seqlens, scale)
+        k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        attended.append(out.transpose(1, 2).flatten(0, 1))
+        begin = end
+    return _Collect.apply(torch.cat(attended), layout, num_tokens).to(dtype)
 
 
-def _padded_questions(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    scale: float | None,
-    shared: tuple[Tensor, ...] = (),
-) -> Tensor:
-    """Attention of the questions, which all see the shared keys and values as well."""
-    lengths = cu_seqlens.diff()
-    lengths = lengths[lengths > 0].long()
-    num_questions, num_tokens = lengths.numel(), int(lengths.sum())
-    longest = int(lengths.max())
-    question = torch.repeat_interleave(lengths)
-    token = torch.arange(num_tokens, device=query.device)
-    starts = lengths.cumsum(0) - lengths
-    place = question * longest + token - starts[question]
+class _Layout(NamedTuple):
+    """Where the tokens of a row lie in a few batches, each of questions of similar length.
 
-    def lay_out(packed: Tensor) -> Tensor:
-        padded = _Place.apply(packed[:num_tokens], place, num_questions * longest)
-        return padded.unflatten(0, (num_questions, longest)).transpose(1, 2)
+    Every question has a line there: the tokens that all share, its own, and its last one again up
+    to the width of its batch. Those copies change nothing: causal attention hides them from what
+    comes before, and what they see themselves is not read.
 
-    key, value, mask = lay_out(key), lay_out(value), None
-    if shared:
-        key, value = (
-            torch.cat([t.transpose(0, 1).expand(num_questions, -1, -1, -1), own], dim=2)
-            for t, own in zip(shared, (key, value), strict=True)
-        )
-        mask = torch.ones(longest, key.shape[2], dtype=torch.bool, device=query.device)
-        mask = mask.tril(key.shape[2] - longest)
-    out = F.scaled_dot_product_attention(
-        lay_out(query), key, value, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    packed = _Take.apply(out.transpose(1, 2).flatten(0, 1), place)
-    return F.pad(packed, (0, 0, 0, 0, 0, query.shape[0] - num_tokens))
+    Attributes:
+        shapes: Lines and width of each batch.
+        token: What lies at each place, batch after batch, line after line.
+        place: Where each token of the row is read, up to the end of the last question.
+        shared: Places of the shared tokens, a line for each question.
+    """
+
+    shapes: list[tuple[int, int]]
+    token: Int[Tensor, " place"]
+    place: Int[Tensor, " token"]
+    shared: Int[Tensor, "question shared"]
+
+    @classmethod
+    def of(cls, cu_seqlens: Int[Tensor, " boundary"], prefix_length: int) -> _Layout:
+        """The layout of the questions between some boundaries, behind their shared tokens."""
+        lengths = cu_seqlens.diff().long()
+        starts = cu_seqlens[:-1][lengths > 0].long()
+        lengths = lengths[lengths > 0]
+        shapes, token, own, shared, begin = [], [], [], [], 0
+        for questions in lengths.argsort().chunk(BATCHES):
+            length, start = lengths[questions, None], starts[questions, None]
+            width = prefix_length + int(length.max())
+            inside = torch.arange(-prefix_length, width - prefix_length, device=lengths.device)
+            of_question = start + torch.minimum(inside, length - 1)
+            token.append(torch.where(inside < 0, inside + prefix_length, of_question).flatten())
+            own.append(((inside >= 0) & (inside < length)).flatten())
+            lines = torch.arange(len(questions), device=lengths.device)[:, None] * width
+            shared.append(begin + lines + torch.arange(prefix_length, device=lengths.device))
+            shapes.append((len(questions), width))
+            begin += len(questions) * width
+        tokens, first = torch.cat(token), torch.cat(shared)
+        (places,) = torch.cat(own).nonzero(as_tuple=True)
+        place = torch.cat([first[0], torch.empty_like(places)])
+        place[tokens[places]] = places
+        return cls(shapes, tokens, place, first)
 
 
-class _Place(torch.autograd.Function):
-    """Rows put at distinct places among zeros; autograd's own gradient would add up row by row."""
+class _Spread(torch.autograd.Function):
+    """Tokens laid out; autograd's own gradient would add up row by row."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, place: Tensor, num_places: int) -> Tensor:
-        ctx.save_for_backward(place)
-        return rows.new_zeros(num_places, *rows.shape[1:]).index_copy_(0, place, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors
-        return grad_outputs[0].index_select(0, place), None, None
-
-
-class _Take(torch.autograd.Function):
-    """Rows taken from distinct places, the inverse of `_Place`."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.num_places = rows.shape[0]
-        return rows.index_select(0, place)
+    def forward(ctx: Any, rows: Tensor, layout: _Layout) -> Tensor:
+        ctx.layout, ctx.num_tokens = layout, rows.shape[0]
+        return rows.index_select(0, layout.token)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (place,) = ctx.saved_tensors
-        grad = grad_outputs[0]
+        grad, (*_, place, shared) = grad_outputs[0], ctx.layout
+        rows = _taken(grad, place, ctx.num_tokens)
+        if (prefix_length := shared.shape[1]) > 0:
+            of_questions = grad.index_select(0, shared.flatten())
+            rows[:prefix_length] = of_questions.unflatten(0, shared.shape).sum(0)
+        return rows, None
+
+
+class _Collect(torch.autograd.Function):
+    """Tokens read back into their row; zeros behind the last question."""
+
+    @staticmethod
+    def forward(ctx: Any, laid_out: Tensor, layout: _Layout, num_tokens: int) -> Tensor:
+        ctx.place, ctx.num_places = layout.place, laid_out.shape[0]
+        return _taken(laid_out, layout.place, num_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad_outputs[0][: len(ctx.place)]
         zeros = grad.new_zeros(ctx.num_places, *grad.shape[1:])
-        return zeros.index_copy_(0, place, grad), None
+        return zeros.index_copy_(0, ctx.place, grad), None, None
+
+
+def _taken(laid_out: Tensor, place: Tensor, num_tokens: int) -> Tensor:
+    rows = laid_out.new_empty(num_tokens, *laid_out.shape[1:])
+    torch.index_select(laid_out, 0, place, out=rows[: len(place)])
+    rows[len(place) :].zero_()
+    return rows
 
 
 def _packed_attention_forward(

@@ -34,8 +34,8 @@ class Acceleration:
             needs a C++ toolchain; CUDA graphs for short rows and the default for long ones.
         fused: Run 4-bit layers under plain LoRA through the fast path (`fused.FusedBackbone`):
             "auto" where it can, "on" or an error, "off".
-        float8: Multiply in 8-bit floats on the fast path: rounds weights and activations to 3 bits
-            of mantissa.
+        float8: Multiply in 8-bit floats on the fast path, on CUDA: rounds weights and activations
+            to 3 bits of mantissa.
         gradient_checkpointing: What the backward pass computes again: False nothing, "mlp" the MLP
             of each layer, True the whole layer, "offload" the whole layer with its input kept in
             main memory.
@@ -109,7 +109,7 @@ class Acceleration:
         """
         kind = torch.device(device).type
         of_cuda = ["compile=cuda_graphs"] if self.compile == "cuda_graphs" else []
-        of_cuda += self.of_fast_path
+        of_cuda += ["float8=true"] if self.float8 else []
         if of_cuda and kind != "cuda":
             raise ConfigError(
                 f"acceleration.{of_cuda[0]} has no effect on {kind}: it needs a CUDA device. Leave "

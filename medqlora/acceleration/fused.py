@@ -1,4 +1,4 @@
-"""Gemma over packed rows with every adapter folded into its 4-bit weight: the fast path on CUDA.
+"""Gemma over packed rows with every adapter folded into its 4-bit weight: the fast path.
 
 A decoder layer becomes one pure function of tensors, compiled once and called for every layer.
 Four things make it fast. The adapter is added while the weight is dequantised, so that a layer
@@ -6,6 +6,9 @@ costs one matrix product forward and one for the gradient of its input, as if th
 adapter. The adapter's own gradients take one pass over the gradient of the output. Attention
 reads the projections as they are, without repeated heads, and questions of tens of tokens in one
 program each. And behind the last attention only the tokens that are scored are computed at all.
+
+On CUDA kernels of our own do the first three, in bfloat16. On the CPU plain torch does, in float32
+or bfloat16, of any size; there attention is `packed_attention`, and stays outside of compiled code.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medqlora.acceleration import operators  # noqa: F401  torch.ops.medqlora
-from medqlora.acceleration.attention import cover_padding
+from medqlora.acceleration.attention import cover_padding, packed_attention
 from medqlora.acceleration.backbone import FAST_PATH, Checkpointing, find_backbone, offloaded
 from medqlora.schema import PackedBatch
 
@@ -89,10 +92,11 @@ class Sizes:
         activation: Approximation of GELU, "tanh" or "none".
         scaling: `lora_alpha / r`.
         block_size: Weights that share a constant.
-        weight_scale: Factor that brings the weights into the range of 8-bit floats; 0 for bfloat16.
+        weight_scale: Factor that brings the weights into the range of 8-bit floats; 0 for none.
         dropout: Share of the inputs of an adapter that are dropped, others for each token.
         keep_weights: Whether a dequantised weight may be kept for the backward pass.
         prefix_length: Tokens at the front of a row that its questions share.
+        dtype: What is computed in, but for norms and sums.
     """
 
     num_heads: int
@@ -108,6 +112,7 @@ class Sizes:
     dropout: float = 0.0
     keep_weights: bool = True
     prefix_length: int = 0
+    dtype: torch.dtype = torch.bfloat16
 
 
 def enable_fused(model: nn.Module, **options: Any) -> None:
@@ -129,13 +134,12 @@ def why_not_fused(model: nn.Module) -> str | None:
     Returns:
         The reason, to follow "because"; None if it can.
     """
-    backbone = find_backbone(model)
-    parameter = next(backbone.parameters())
-    if not parameter.is_cuda:
-        return f"the model is on {parameter.device.type}, not on CUDA"
-    if torch.cuda.get_device_capability(parameter.device) < (8, 0):
+    device = next(find_backbone(model).parameters()).device
+    if device.type not in ("cuda", "cpu"):
+        return f"the model is on {device.type}, not on CUDA or the CPU"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU has no bfloat16 matrix units (compute capability below 8.0)"
-    return why_other_layers(model)
+    return why_other_layers(model) or (why_no_kernels(model) if device.type == "cuda" else None)
 
 
 def why_other_layers(model: nn.Module) -> str | None:
@@ -146,31 +150,49 @@ def why_other_layers(model: nn.Module) -> str | None:
         return f"it is made for Gemma 1, not for {config.model_type}"
     if config.hidden_act not in ("gelu", "gelu_pytorch_tanh") or config.attention_bias:
         return "the activation or the attention bias is not Gemma's"
-    adapters = set()
-    for layer in backbone.layers:  # type: ignore[union-attr]
-        for name in LINEARS:
-            module = getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
-            base = getattr(module, "base_layer", module)
-            state = getattr(base.weight, "quant_state", None)
-            if state is None or base.bias is not None:
-                return f"{name} is not stored in 4 bits without bias"
-            out_features, in_features = state.shape
-            if base.compute_dtype != torch.bfloat16 or state.blocksize > 128:
-                return "it computes in bfloat16 with blocks of at most 128 weights"
-            if out_features % 64 or in_features % 128:
-                return f"{name} is {out_features} x {in_features}, not a multiple of 64 x 128"
-            if state.nested and state.state2.blocksize != 256:
-                return "the block constants are not quantised in blocks of 256"
-            if (reason := _why_not_folded(module)) is not None:
-                return reason
-            if hasattr(module, "base_layer"):
-                adapters.add(_scaling_and_dropout(module))
+    adapters, dtypes = set(), set()
+    for name, module in _linears(backbone):
+        base = getattr(module, "base_layer", module)
+        state = getattr(base.weight, "quant_state", None)
+        if state is None or base.bias is not None:
+            return f"{name} is not stored in 4 bits without bias"
+        if state.nested and state.state2.blocksize != 256:
+            return "the block constants are not quantised in blocks of 256"
+        dtypes.add(base.compute_dtype)
+        if (reason := _why_not_folded(module)) is not None:
+            return reason
+        if hasattr(module, "base_layer"):
+            adapters.add(_scaling_and_dropout(module))
+    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float32}:
+        return "it computes all layers in bfloat16 or all in float32"
     others = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
     if others:
         return f"{others[0]} is trained, which is no part of a LoRA adapter"
     if len(adapters) > 1:
         return "the adapter's scaling or dropout differs between layers"
     return None
+
+
+def why_no_kernels(model: nn.Module) -> str | None:
+    """Why the kernels for CUDA do not take the layers of a model that the fast path computes."""
+    for name, module in _linears(find_backbone(model)):
+        base = getattr(module, "base_layer", module)
+        out_features, in_features = base.weight.quant_state.shape
+        if base.compute_dtype != torch.bfloat16 or base.weight.quant_state.blocksize > 128:
+            return "it computes in bfloat16 with blocks of at most 128 weights"
+        if out_features % 64 or in_features % 128:
+            return f"{name} is {out_features} x {in_features}, not a multiple of 64 x 128"
+        rank = module.r["default"] if hasattr(module, "base_layer") else MIN_RANK
+        if rank > 64 or rank & (rank - 1):
+            return f"the rank {rank} is not a power of two up to 64"
+    return None
+
+
+def _linears(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every linear layer with its name within its half of a decoder layer."""
+    for layer in backbone.layers:  # type: ignore[union-attr]
+        for name in LINEARS:
+            yield name, getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
 
 
 def _why_not_folded(module: nn.Module) -> str | None:
@@ -186,9 +208,6 @@ def _why_not_folded(module: nn.Module) -> str | None:
         return "the adapter is switched off or merged"
     if adapter.lora_variant or adapter.lora_bias["default"]:
         return "the adapter is a variant of LoRA"
-    rank = adapter.r["default"]
-    if rank > 64 or rank & (rank - 1):
-        return f"the rank {rank} is not a power of two up to 64"
     return None
 
 
@@ -228,12 +247,12 @@ class FusedBackbone:
     ) -> None:
         self._backbone: Any = find_backbone(model)
         config = self._backbone.config
-        adapter, largest, block_size = (0.0, 0.0), 0.0, 64
-        for module in self._backbone.layers.modules():
-            state = getattr(getattr(module, "weight", None), "quant_state", None)
-            if state is not None:
-                block_size = state.blocksize
-                largest = max(largest, float(_largest_weight(state))) if float8 else 0.0
+        adapter, largest, block_size, dtype = (0.0, 0.0), 0.0, 64, torch.bfloat16
+        for _, module in _linears(self._backbone):
+            base = getattr(module, "base_layer", module)
+            state = base.weight.quant_state
+            block_size, dtype = state.blocksize, base.compute_dtype
+            largest = max(largest, float(_largest_weight(state))) if float8 else 0.0
             if hasattr(module, "lora_A"):
                 adapter = _scaling_and_dropout(module)
         self.sizes = Sizes(
@@ -252,13 +271,16 @@ class FusedBackbone:
             else 0.0,
             dropout=adapter[1] if dropout_per == "token" else 0.0,
             keep_weights=not gradient_checkpointing,
+            dtype=dtype,
         )
         self.layers = [_layer(layer) for layer in self._backbone.layers]
         self.row_dropout = adapter[1] if dropout_per == "row" else 0.0
         self.gradient_checkpointing = gradient_checkpointing
 
+        whole = next(self._backbone.parameters()).is_cuda
+
         def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            return torch.compile(function, dynamic=False, fullgraph=True) if compile else function
+            return torch.compile(function, dynamic=False, fullgraph=whole) if compile else function
 
         self._run = compiled(decoder_layer)
         self._attend, self._mlp = compiled(attention_block), compiled(mlp_block)
@@ -301,10 +323,12 @@ class FusedBackbone:
         Returns:
             Hidden states after the final norm, of the tokens to keep.
         """
-        boundaries = cover_padding(row.cu_seqlens, row.input_ids.shape[0], max_length)
-        boundaries = F.pad(boundaries, (1, 0))
+        boundaries = row.cu_seqlens
+        if boundaries.is_cuda:
+            covering = cover_padding(boundaries, row.input_ids.shape[0], max_length)
+            boundaries = F.pad(covering, (1, 0))
         cosine, sine = self._rotary(max_length, row.position_ids)
-        hidden = self._backbone.embed_tokens(row.input_ids[None])[0].to(torch.bfloat16)
+        hidden = self._backbone.embed_tokens(row.input_ids[None])[0].to(self.sizes.dtype)
         learning = torch.is_grad_enabled()
         if learning:
             # One compilation then serves the first layer as well.
@@ -359,8 +383,8 @@ class FusedBackbone:
             angles = (
                 torch.arange(max_length, device=positions.device).float()[:, None] * frequencies
             )
-            # In 16 bit, as transformers hands them to attention.
-            self._angles = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+            # In the type that transformers hands to attention.
+            self._angles = angles.cos().to(self.sizes.dtype), angles.sin().to(self.sizes.dtype)
         cosine, sine = self._angles
         return cosine[positions], sine[positions]
 
@@ -505,7 +529,8 @@ def decoder_layer(
     Args:
         hidden: Hidden states of all tokens.
         layer: The layer's tensors.
-        boundaries: 0, then the start of each question; together they cover the row.
+        boundaries: On CUDA 0, then the start of each question; together they cover the row. On the
+            CPU those of `PackedBatch`.
         cosine: Of each token's rotary angles.
         sine: Likewise.
         keep: Tokens that are needed behind this layer; None for all. Attention still sees all.
@@ -533,12 +558,32 @@ def attention_block(
     query = _rotate(_linear(x, layer.q, width, sizes.width, sizes), cosine, sine)
     key = _rotate(_linear(x, layer.k, sizes.kv_width, sizes.width, sizes), cosine, sine)
     value = _linear(x, layer.v, sizes.kv_width, sizes.width, sizes)
-    attended, _ = torch.ops.medqlora.question_attention(
-        query, key, value, boundaries, sizes.num_heads, sizes.head_dim**-0.5, sizes.prefix_length
-    )
+    attended = _attention(query, key, value, boundaries, sizes)
     if keep is not None:
         hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)
     return hidden + _linear(attended, layer.o, sizes.width, width, sizes)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, sizes: Sizes
+) -> Tensor:
+    if query.is_cuda:
+        scale = sizes.head_dim**-0.5
+        return torch.ops.medqlora.question_attention(
+            query, key, value, boundaries, sizes.num_heads, scale, sizes.prefix_length
+        )[0]
+    return _uncompiled_attention(query, key, value, boundaries, sizes)  # pyright: ignore[reportCallIssue]
+
+
+@torch.compiler.disable
+def _uncompiled_attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, sizes: Sizes
+) -> Tensor:
+    """On the CPU every row has a layout of other shapes."""
+    query, key, value = (t.unflatten(1, (-1, sizes.head_dim)) for t in (query, key, value))
+    scale, length = sizes.head_dim**-0.5, query.shape[0]
+    out = packed_attention(query, key, value, boundaries, length, scale, sizes.prefix_length)
+    return out.flatten(1)
 
 
 def mlp_block(
@@ -568,7 +613,7 @@ def _rotate(
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
     a, b = linear.lora_a, linear.lora_b
     if a is not None and b is not None:
-        a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
+        a, b = a.to(sizes.dtype), b.to(sizes.dtype)
         if sizes.dropout:
             # Only what the adapter reads is dropped, so it cannot be folded into the weight.
             down = F.dropout(x, sizes.dropout) @ a.t()
@@ -602,25 +647,31 @@ class _FoldedLinear(torch.autograd.Function):
         sizes: Sizes,
     ) -> Tensor:
         stored = (packed, absmax, absmax_scale, absmax_code, absmax_offset, code)
-        ctx.save_for_backward(x, lora_a, lora_b, *stored)
         ctx.fixed = (out_features, in_features, sizes)
         weight = _weight(stored, lora_a, lora_b, ctx.fixed, backward=False)
+        kept = weight if sizes.keep_weights and not x.is_cuda else None
+        ctx.save_for_backward(x, lora_a, lora_b, kept, *stored)
         return _product(x, weight, sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_a, lora_b, *stored = ctx.saved_tensors
+        x, lora_a, lora_b, weight, *stored = ctx.saved_tensors
         sizes = ctx.fixed[2]
         grad = grads[0].contiguous()
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             # Row-major operands of the product grad @ weight; 8-bit products want both along the
             # sum.
-            weight = _weight(tuple(stored), lora_a, lora_b, ctx.fixed, backward=True)
+            if weight is None:
+                weight = _weight(tuple(stored), lora_a, lora_b, ctx.fixed, backward=True)
+            else:
+                weight = weight.t()
             grad_x = _product(grad, weight, sizes)
         if lora_a is not None and ctx.needs_input_grad[1]:
             # The wider of input and gradient is passed over once, the other one twice.
-            if x.shape[1] > grad.shape[1]:
+            if not x.is_cuda:
+                grad_a, grad_b = (grad @ lora_b).t() @ x, ((x @ lora_a.t()).t() @ grad).t()
+            elif x.shape[1] > grad.shape[1]:
                 grad_down = grad @ lora_b
                 down, grad_a = torch.ops.medqlora.lora_gradient(
                     x, grad_down, lora_a.t().contiguous()
@@ -655,7 +706,7 @@ def _weight(
         in_features,
         sizes.block_size,
         sizes.weight_scale if float8 else 1.0,
-        float8,
+        torch.float8_e4m3fn if float8 else sizes.dtype,
         backward and float8,
         backward and not sizes.keep_weights,
     )
@@ -663,7 +714,7 @@ def _weight(
 
 
 def _product(x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
-    """`x @ weight.T`, in bfloat16 or with both rounded to 8-bit floats."""
+    """`x @ weight.T`, in their type or with both rounded to 8-bit floats."""
     if not sizes.weight_scale:
         return x @ weight.t()
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FLOAT8_MAX

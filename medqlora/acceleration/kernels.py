@@ -81,13 +81,12 @@ def effective_weight(
     in_features: int,
     block_size: int,
     out_scale: float,
-    float8: bool,
+    dtype: torch.dtype,
     transpose: bool,
     again: bool,
 ) -> Tensor:
     """See `operators.effective_weight`."""
     shape = (in_features, out_features) if transpose else (out_features, in_features)
-    dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     block_n, block_k = 32, max(128, block_size)
     _effective_weight[(out_features // block_n, in_features // block_k)](

@@ -31,7 +31,7 @@ def effective_weight(
     in_features: int,
     block_size: int,
     out_scale: float,
-    float8: bool,
+    dtype: torch.dtype,
     transpose: bool,
     again: bool,
 ) -> Tensor:
@@ -54,14 +54,14 @@ def effective_weight(
         in_features: Columns of the weight.
         block_size: Weights that share a constant.
         out_scale: Factor on the result, for 8-bit floats.
-        float8: Return float8_e4m3fn instead of bfloat16.
+        dtype: Of the result: bfloat16, float8_e4m3fn, or on the CPU float32.
         transpose: Return (in_features, out_features).
         again: Changes nothing. The compiler takes calls with the same arguments for one, and would
             keep the weight of the forward pass for the backward pass; told apart by this they stay
             two, which costs time and saves the memory of a weight in 16 bit.
 
     Returns:
-        The weight in bfloat16 or float8_e4m3fn.
+        The weight.
     """
     if packed.is_cuda:
         return _kernels().effective_weight(
@@ -78,22 +78,27 @@ def effective_weight(
             in_features,
             block_size,
             out_scale,
-            float8,
+            dtype,
             transpose,
             again,
         )
-    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()
-    constants = absmax.float()
-    if absmax_scale is not None:
-        assert absmax_code is not None
-        assert absmax_offset is not None
-        scales = absmax_scale.repeat_interleave(256)[: absmax.numel()]
-        constants = absmax_code[absmax.long()] * scales + absmax_offset
-    weight = code[codes.long()].view(-1, block_size) * constants[:, None]
-    weight = weight.view(out_features, in_features)
+    library = torch.ops.bitsandbytes
+    if absmax_scale is not None and absmax_offset is not None:
+        absmax = library.dequantize_blockwise(absmax, absmax_scale, absmax_code, 256, torch.float32)
+        absmax = absmax + absmax_offset
+    weight = library.dequantize_4bit(
+        packed,
+        absmax,
+        block_size,
+        "nf4" if float(code[0]) < 0 else "fp4",  # whose first value is 0
+        (out_features, in_features),
+        torch.float32,
+    )
     if lora_a is not None and lora_b is not None:
-        weight = weight + scaling * (lora_b.float() @ lora_a.float())
-    weight = (weight * out_scale).to(torch.float8_e4m3fn if float8 else torch.bfloat16)
+        weight = torch.addmm(weight, lora_b.float(), lora_a.float(), alpha=scaling)
+    if out_scale != 1:
+        weight = weight * out_scale
+    weight = weight.to(dtype)
     return weight.t().contiguous() if transpose else weight
 
 
@@ -112,12 +117,11 @@ def _(
     in_features,
     block_size,
     out_scale,
-    float8,
+    dtype,
     transpose,
     again,
 ):
     shape = (in_features, out_features) if transpose else (out_features, in_features)
-    dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
     return torch.empty(shape, dtype=dtype, device=packed.device)
 
 
@@ -130,13 +134,13 @@ def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, T
     `lora_a.T` for `lora_b`; the results are `down` and the gradient of `lora_a.T`.
 
     Args:
-        grad: Gradient of a layer's output, (token, out_features), contiguous bfloat16.
+        grad: Gradient of a layer's output, (token, out_features), contiguous; on CUDA bfloat16.
         down: What the adapter's first matrix made of the input, (token, rank).
         lora_b: (out_features, rank).
 
     Returns:
-        Gradient of `down` in bfloat16, (token, rank), and of `lora_b` in float32, both without the
-        adapter's scaling.
+        Gradient of `down`, (token, rank), in the type of `grad`, and of `lora_b` in float32, both
+        without the adapter's scaling.
     """
     if grad.is_cuda:
         return _kernels().lora_gradient(grad, down, lora_b)

@@ -82,11 +82,11 @@ def adamw(
     weight_decay: float = 0.0,
     loraplus_ratio: float = 1.0,
 ) -> Optimizer:
-    """AdamW with float32 states, fused on CUDA (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    """AdamW with float32 states, fused (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
     groups = parameter_groups(
         named_parameters, lr=lr, weight_decay=weight_decay, loraplus_ratio=loraplus_ratio
     )
-    fused = groups[0]["params"][0].is_cuda or None
+    fused = groups[0]["params"][0].device.type in ("cuda", "cpu") or None
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 

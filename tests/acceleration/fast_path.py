@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from medqlora.acceleration import last_hidden, use_packed_attention
+from medqlora.acceleration import Acceleration, accelerate, last_hidden, use_packed_attention
 from medqlora.quantization import QuantConfig, load_base
 from medqlora.schema import IGNORE, PackedBatch
 from tests.quantization.conftest import save_gemma
@@ -22,9 +22,20 @@ def save_wide_gemma(folder) -> str:
     return str(save_gemma(folder, vocab_size=VOCABULARY, **sizes))
 
 
-def adapt(folder: str, device: str, *, double_quant: bool = True, **lora) -> PeftModel:
+def adapt(
+    folder: str,
+    device: str,
+    *,
+    double_quant: bool = True,
+    compute_dtype: str = "bfloat16",
+    block_size: int = 64,
+    **lora,
+) -> PeftModel:
     """NF4 with an adapter that is not zero."""
-    base = load_base(folder, QuantConfig("nf4", double_quant=double_quant), device=device)
+    quant = QuantConfig(
+        "nf4", double_quant=double_quant, compute_dtype=compute_dtype, block_size=block_size
+    )
+    base = load_base(folder, quant, device=device)
     use_packed_attention(base)
     torch.manual_seed(0)
     options = {"r": 16, "lora_alpha": 32, "target_modules": LINEARS} | lora
@@ -122,3 +133,14 @@ def curve(model, steps: int = 40, device: str = "cpu") -> list[float]:
 def distance(a: list[float], b: list[float]) -> float:
     """Mean distance of two loss curves, in nats."""
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def compare_compiled(folder: str) -> None:
+    """Print how far compiled hidden states and the worst gradient are from those that are not."""
+    row, model = rows(1, prefix=3)[0], adapt(folder, "cpu", compute_dtype="float32")
+    expected, gradients = run(model, row)  # plain layers
+    told = accelerate(model, Acceleration(compile="default"), "cpu", BUDGET)
+    assert told == "fast path, compile=default", told
+    hidden, others = run(model, row)
+    worst = max(relative(others[n], gradients[n]) for n in gradients)
+    print(relative(hidden, expected), worst)

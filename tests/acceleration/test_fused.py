@@ -6,6 +6,10 @@ On a GPU tests/acceleration/test_gpu.py says the same of the kernels, compiled a
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -13,11 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 
 from medqlora.acceleration import (
     Acceleration,
     accelerate,
-    compilation,
     find_backbone,
     hidden_states,
     last_hidden,
@@ -27,6 +31,7 @@ from medqlora.acceleration import (
 from medqlora.acceleration.fused import (
     FusedBackbone,
     enable_fused,
+    why_no_kernels,
     why_not_fused,
     why_other_layers,
 )
@@ -35,6 +40,7 @@ from medqlora.quantization import QuantConfig, load_base
 from medqlora.quantization.embedding import QuantizedEmbedding
 from tests.acceleration.fast_path import (
     LINEARS,
+    VOCABULARY,
     adapt,
     curve,
     distance,
@@ -80,6 +86,33 @@ def test_hidden_states_and_gradients_are_those_of_plain_layers(folder, prefix, d
     hidden, others = run(set_up(adapted), row)
     assert relative(hidden, expected) < 0.03
     assert max(relative(others[n], gradients[n]) for n in gradients) < 0.06
+
+
+@pytest.mark.parametrize(("prefix", "rank"), [(0, 16), (3, 12)])
+def test_in_float32_on_the_cpu_nothing_is_lost(tmp_path, prefix, rank):
+    """Any size, any rank: hidden states within 1e-5 of the norm, every gradient within 1e-4."""
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 320}
+    path = str(save_gemma(tmp_path, vocab_size=VOCABULARY, **sizes))
+    row, model = rows(1, prefix=prefix)[0], adapt(path, "cpu", compute_dtype="float32", r=rank)
+    expected, gradients = run(set_up(model, fused=False), row)
+    hidden, others = run(set_up(model), row)
+    assert hidden.dtype == torch.float32
+    assert relative(hidden, expected) < 1e-5
+    assert max(relative(others[n], gradients[n]) for n in gradients) < 1e-4
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+    reason="torch compiles for the CPU with a C++ compiler, and there is none",
+)
+def test_compiled_on_the_cpu_it_gives_the_same(folder):
+    """In a process of its own: the compiler cannot look into the checks of shapes."""
+    code = f"from tests.acceleration import fast_path; fast_path.compare_compiled({folder!r})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-2000:]
+    hidden, gradient = map(float, out.stdout.split()[-2:])
+    assert hidden < 1e-5
+    assert gradient < 1e-4
 
 
 def test_what_is_computed_again_is_the_same(adapted):
@@ -135,10 +168,8 @@ def test_dropout_of_a_row_drops_the_same_inputs_of_all_its_tokens(adapted, again
 
 
 def test_where_it_can_be_taken_it_is_and_everything_runs_on_it(adapted, monkeypatch):
-    """As on a GPU, which alone is made up."""
     row, model = rows(1, prefix=3)[0], set_up(adapted, fused=False).eval()
-    monkeypatch.setattr(compilation, "why_not_fused", why_other_layers)
-    told = accelerate(model, Acceleration(compile="none", fused="on"), "cuda", 2048)
+    told = accelerate(model, Acceleration(fused="on"), "cpu", 2048)
     assert told == "fast path, compile=none"
     monkeypatch.setattr(find_backbone(model), "forward", None)  # plain layers would call it
     with torch.no_grad():
@@ -173,18 +204,16 @@ def test_setting_it_up_dequantises_no_embedding(folder, monkeypatch, float8):
     enable_fused(base, compile=False, float8=float8)
 
 
-def test_a_model_takes_it_on_a_gpu_only(adapted):
-    assert why_other_layers(adapted) is None
-    assert why_not_fused(adapted) == "the model is on cpu, not on CUDA"
-    told = accelerate(copy.deepcopy(adapted), Acceleration(), "cpu", 1024)
-    assert told == "plain layers (the model is on cpu, not on CUDA), compile=none"
+def test_a_model_takes_it_on_the_cpu_and_on_cuda_only(adapted, monkeypatch):
+    assert why_not_fused(adapted) is None
+    assert why_no_kernels(adapted) is None
+    monkeypatch.setattr(Tensor, "device", torch.device("mps"))
+    assert why_not_fused(adapted) == "the model is on mps, not on CUDA or the CPU"
 
 
 @pytest.mark.parametrize(
     ("lora", "reason"),
     [
-        ({"r": 12}, "the rank 12 is not a power of two up to 64"),
-        ({"r": 128}, "the rank 128 is not a power of two up to 64"),
         ({"use_dora": True}, "the adapter is a variant of LoRA"),
         ({"lora_bias": True}, "the adapter is a variant of LoRA"),
         ({"alpha_pattern": {"q_proj": 8}}, "the adapter's scaling or dropout differs"),
@@ -208,8 +237,6 @@ def test_adapters_that_are_off_merged_or_two_are_told(folder):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"data_type": "nf4", "compute_dtype": "float32"}, "it computes in bfloat16"),
-        ({"data_type": "nf4", "block_size": 256}, "it computes in bfloat16 with blocks of at"),
         ({"data_type": "int8"}, "q_proj is not stored in 4 bits"),
         ({"data_type": "none"}, "q_proj is not stored in 4 bits"),
     ],
@@ -218,9 +245,14 @@ def test_storages_that_it_does_not_read_are_told(folder, options, reason):
     assert reason in str(why_other_layers(load_base(folder, QuantConfig(**options), device="cpu")))
 
 
-def test_a_pass_that_draws_again_what_it_drops_is_not_recorded(adapted, monkeypatch):
+def test_layers_that_compute_in_different_types_are_told(folder):
+    base = load_base(folder, QuantConfig("nf4"), device="cpu")
+    base.model.layers[0].mlp.up_proj.compute_dtype = torch.float32
+    assert why_other_layers(base) == "it computes all layers in bfloat16 or all in float32"
+
+
+def test_a_pass_that_draws_again_what_it_drops_is_not_recorded(adapted):
     """A recorded pass cannot go back to what its generator drew, and stops the run if it must."""
-    monkeypatch.setattr(compilation, "why_not_fused", why_other_layers)
     model = set_up(adapted, fused=False, dropout=0.1)
 
     def chosen(**options) -> str:
@@ -239,7 +271,22 @@ def test_a_pass_that_draws_again_what_it_drops_is_not_recorded(adapted, monkeypa
 def test_sizes_that_its_kernels_do_not_take_are_told(tmp_path):
     sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 256}
     base = load_base(str(save_gemma(tmp_path, **sizes)), QuantConfig("nf4"), device="cpu")
-    assert why_other_layers(base) == "q_proj is 192 x 192, not a multiple of 64 x 128"
+    assert why_no_kernels(base) == "q_proj is 192 x 192, not a multiple of 64 x 128"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"r": 12}, "the rank 12 is not a power of two up to 64"),
+        ({"r": 128}, "the rank 128 is not a power of two up to 64"),
+        ({"compute_dtype": "float32"}, "it computes in bfloat16 with blocks of at most"),
+        ({"block_size": 256}, "it computes in bfloat16 with blocks of at most 128 weights"),
+    ],
+)
+def test_what_its_kernels_do_not_take_runs_on_the_cpu_all_the_same(folder, options, reason):
+    model = adapt(folder, "cpu", **options)
+    assert reason in str(why_no_kernels(model))
+    assert why_not_fused(model) is None
 
 
 def test_models_that_are_no_gemma_are_told(folder):
@@ -265,14 +312,16 @@ def test_an_adapter_of_another_kind_is_told(folder):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("block_size", [64, 128])
-def test_the_effective_weight_is_what_bitsandbytes_reads_plus_the_adapter(double_quant, block_size):
+@pytest.mark.parametrize(("block_size", "quant_type"), [(64, "nf4"), (128, "nf4"), (64, "fp4")])
+def test_the_effective_weight_is_what_bitsandbytes_reads_plus_the_adapter(
+    double_quant, block_size, quant_type
+):
     torch.manual_seed(0)
     packed, state = bnb.quantize_4bit(
         torch.randn(192, 256),
         blocksize=block_size,
         compress_statistics=double_quant,
-        quant_type="nf4",
+        quant_type=quant_type,
     )
     read = bnb.dequantize_4bit(packed, state)
     nested = state.state2 if double_quant else None
@@ -286,16 +335,18 @@ def test_the_effective_weight_is_what_bitsandbytes_reads_plus_the_adapter(double
     )
     a, b = torch.randn(16, 256), torch.randn(192, 16)
     fixed = (2.0, 192, 256, block_size)
-    plain = operators.effective_weight(*stored, None, None, *fixed, 1.0, False, False, False)
+    half, none = torch.bfloat16, (None, None)
+    plain = operators.effective_weight(*stored, *none, *fixed, 1.0, half, False, False)
     assert torch.equal(plain, read.bfloat16())
-    folded = operators.effective_weight(*stored, a, b, *fixed, 1.0, False, True, True)
+    folded = operators.effective_weight(*stored, a, b, *fixed, 1.0, half, True, True)
     assert relative(folded, (read + 2 * b @ a).t()) < 3e-3
     assert folded.is_contiguous()
-    small = operators.effective_weight(*stored, a, b, *fixed, 4.0, True, False, False)
-    assert small.dtype == torch.float8_e4m3fn
+    float8 = torch.float8_e4m3fn
+    small = operators.effective_weight(*stored, a, b, *fixed, 4.0, float8, False, False)
+    assert small.dtype == float8
     assert relative(small.float() / 4, read + 2 * b @ a) < 0.04
     torch.library.opcheck(
-        operators.effective_weight, (*stored, a, b, *fixed, 1.0, False, True, False)
+        operators.effective_weight, (*stored, a, b, *fixed, 1.0, half, True, False)
     )
 
 
