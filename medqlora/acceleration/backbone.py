@@ -52,9 +52,9 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "token 
     Returns:
         Hidden states. Those of padding are finite and mean nothing.
     """
-    backbone = find_backbone(model)
-    if (fast := getattr(backbone, FAST_PATH, None)) is not None:
+    if (fast := _fast_path(model)) is not None:
         return fast.hidden_states(batch)
+    backbone = find_backbone(model)
     embed = backbone.get_input_embeddings()
     assert isinstance(embed, nn.Module)
     device = batch.input_ids.device
@@ -86,6 +86,12 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "token 
     return output.last_hidden_state[0, num_virtual:]
 
 
+def _fast_path(model: nn.Module) -> Any:
+    """The fast path of a model, while its adapter is as it was when it was folded."""
+    fast = getattr(find_backbone(model), FAST_PATH, None)
+    return fast if fast is not None and fast.holds else None
+
+
 def _virtual_tokens(model: nn.Module) -> Float[Tensor, "virtual width"] | None:
     """Learned embeddings that go before every question, if the adapter has any."""
     config = getattr(model, "active_peft_config", None)
@@ -107,7 +113,7 @@ def last_hidden(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "question
     Returns:
         One hidden state a place; that of an empty place belongs to the row's first token.
     """
-    if (fast := getattr(find_backbone(model), FAST_PATH, None)) is not None:
+    if (fast := _fast_path(model)) is not None:
         return fast.last_hidden(batch)
     return hidden_states(model, batch).index_select(0, batch.last)
 

@@ -153,7 +153,7 @@ def why_other_layers(model: nn.Module) -> str | None:
     adapters, dtypes = set(), set()
     for name, module in _linears(backbone):
         base = getattr(module, "base_layer", module)
-        state = getattr(base.weight, "quant_state", None)
+        state = getattr(getattr(base, "weight", None), "quant_state", None)
         if state is None or base.bias is not None:
             return f"{name} is not stored in 4 bits without bias"
         if state.nested and state.state2.blocksize != 256:
@@ -188,9 +188,9 @@ def why_no_kernels(model: nn.Module) -> str | None:
     return None
 
 
-def _linears(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every linear layer with its name within its half of a decoder layer."""
-    for layer in backbone.layers:  # type: ignore[union-attr]
+def _linears(backbone: Any, number: int | None = None) -> Iterator[tuple[str, Any]]:
+    """The linear layers of one decoder layer or of all, with their names within its halves."""
+    for layer in backbone.layers if number is None else [backbone.layers[number]]:
         for name in LINEARS:
             yield name, getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
 
@@ -274,6 +274,15 @@ class FusedBackbone:
             dtype=dtype,
         )
         self.layers = [_layer(layer) for layer in self._backbone.layers]
+        self._seen = next(
+            (
+                number
+                for number in range(len(self.layers))
+                if any(hasattr(m, "lora_A") for _, m in _linears(self._backbone, number))
+            ),
+            0,
+        )
+        self._folded = [module for _, module in _linears(self._backbone, self._seen)]
         self.row_dropout = adapter[1] if dropout_per == "row" else 0.0
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -288,6 +297,18 @@ class FusedBackbone:
         self.cuda_graphs = cuda_graphs
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._graphs: dict[Any, _Graph] = {}
+
+    @property
+    def holds(self) -> bool:
+        """Whether the adapter is still the one that was folded, neither off nor merged.
+
+        Looked up in one layer: peft changes them together.
+        """
+        now = (module for _, module in _linears(self._backbone, self._seen))
+        return all(
+            module is folded and _why_not_folded(module) is None
+            for module, folded in zip(now, self._folded, strict=True)
+        )
 
     def last_hidden(self, batch: PackedBatch) -> Float[Tensor, "question width"]:
         """Hidden state of the last prompt token of each question; see `backbone.last_hidden`."""

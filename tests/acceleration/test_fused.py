@@ -226,6 +226,30 @@ def test_adapters_that_cannot_be_folded_are_told(folder, lora, reason):
     assert (told is None) if reason is None else (reason in str(told)), told
 
 
+def test_an_adapter_that_is_switched_off_merged_or_taken_away_is_not_added(folder):
+    """After the fast path was set up; each time it is as plain layers have it."""
+    row = rows(1, prefix=3)[0]
+    plain, fast = (adapt(folder, "cpu", compute_dtype="float32") for _ in range(2))
+    enable_fused(fast, compile=False)
+
+    def same(one, other) -> bool:
+        with torch.no_grad():
+            return relative(last_hidden(one, row), last_hidden(other, row)) < 1e-5
+
+    assert same(fast, plain)
+    with fast.disable_adapter():
+        assert not same(fast, plain)
+        with plain.disable_adapter():
+            assert same(fast, plain)
+    assert same(fast, plain)
+    for model in (fast, plain):
+        model.merge_adapter()
+    assert same(fast, plain)
+    for model in (fast, plain):
+        model.unmerge_adapter()
+    assert same(fast.unload(), plain.unload())
+
+
 def test_adapters_that_are_off_merged_or_two_are_told(folder):
     model = adapt(folder, "cpu")
     with model.disable_adapter():
