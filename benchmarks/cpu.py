@@ -1,17 +1,20 @@
 """The tiny model on two CPU cores, beside the plain way: padded batches and the whole head.
 
     python benchmarks/cpu.py --output cpu.json
+    python benchmarks/cpu.py quant.compute_dtype=bfloat16 acceleration.compile=default
     python benchmarks/cpu.py --vocabulary 256000 --questions 32
 
 The plain way is what a script around transformers, bitsandbytes and peft does: questions of the
 bundled sample in batches of 8, padded to the longest, `model(input_ids, attention_mask, labels)`
 with the logits of every token, LoRA r=16 on the seven linears of the same NF4 weights, AdamW; for
 scoring, lm-evaluation-harness's way, one row for each of the four continuations. Ours is the module
-and the packed rows of `train experiment=quickstart`, 2,048 tokens each, without Lightning's loop
-around them. Both compute in float32 and see the same questions. Each rate is the best of three
-passes behind a warm-up; both run with one thread and with two, the better one counts for each.
-"products" is a bound on ours: the base's matrix products over the same rows and nothing else,
-forward for scoring, forward and the gradient of the input for training, as torch does them here.
+and the packed rows of `train experiment=quickstart`, 2,048 tokens each, 4,096 in scoring, without
+Lightning's loop around them. Both compute in float32, or in what `quant.compute_dtype` says, and
+see the same questions. Each rate is the best of three passes behind a warm-up; both run with one
+thread and with two, the better one counts for each. "products" is a bound on ours: the base's
+matrix products over the same rows and nothing else, forward for scoring, forward and the gradient
+of the input for training, as torch does them here. Overrides of Hydra are for ours and the types of
+both.
 `--vocabulary` gives the bundled model as many words as it says, the new ones random: Gemma has
 256,000.
 """
@@ -41,7 +44,7 @@ from medqlora.hub import resolve_path
 from medqlora.quantization import load_base
 from medqlora.schema import LETTERS, PackedBatch, Question
 
-BATCH, PASSES = 8, 3
+BATCH, PASSES, SCORED_TOKENS = 8, 3, 4096
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -106,11 +109,11 @@ def ours(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[s
     """Training and scoring of packed rows by the module that `train` uses."""
     module = pipeline.build_training_module(cfg, pipeline.build_base(cfg), data, 100)
     optimizer = optimizer_of(module)
-    rows: list[PackedBatch] = list(data.pack(questions))
+    rows = rows_of(data, questions)
 
     def losses() -> Iterator[Tensor]:
         assert module.loss is not None
-        for row in rows:
+        for row in rows["training"]:
             total, count = module.loss(module.model, row, module.letter_rows, module.letter_ids)
             yield total / count
 
@@ -121,34 +124,47 @@ def ours(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[s
     @torch.no_grad()
     def score() -> None:
         module.eval()
-        for row in rows:
+        for row in rows["scoring"]:
             module(row)
 
     return {"training": train, "scoring": score}
 
 
+def rows_of(data: MedMCQADataModule, questions: list[Question]) -> dict[str, list[PackedBatch]]:
+    """The questions in rows of training and in the longer ones of scoring."""
+    rows = {}
+    for kind, tokens in (("training", data.token_budget), ("scoring", SCORED_TOKENS)):
+        data.eval_token_budget = tokens
+        rows[kind] = list(data.pack(questions))
+    return rows
+
+
 def products(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[str, Callable]:
     """What ours cannot do without: the products of the base, its weights already unpacked."""
-    num_rows, tokens = len(list(data.pack(questions))), data.eval_token_budget
-    base = pipeline.build_base(cfg)
+    rows, base = rows_of(data, questions), pipeline.build_base(cfg)
+    dtype = getattr(torch, cfg.quant.compute_dtype)
     layers = [m for name, m in base.named_modules() if name.rpartition(".")[2] in LINEARS]
-    weights = [torch.randn(int(m.out_features), int(m.in_features)) for m in layers]  # pyright: ignore
-    inputs = {width: torch.randn(tokens, width) for weight in weights for width in weight.shape}
+    shapes = [(int(m.out_features), int(m.in_features)) for m in layers]  # pyright: ignore
+    weights = [torch.randn(shape).to(dtype) for shape in shapes]
 
-    @torch.no_grad()
-    def score() -> None:
-        for _ in range(num_rows):
-            for weight in weights:
-                torch.mm(inputs[weight.shape[1]], weight.t())
+    def multiplied(kind: str, *, backward: bool) -> Callable[[], None]:
+        tokens = rows[kind][0].input_ids.shape[0]
+        inputs = {n: torch.randn(tokens, n).to(dtype) for shape in shapes for n in shape}
 
-    @torch.no_grad()
-    def train() -> None:
-        score()
-        for _ in range(num_rows):
-            for weight in weights:
-                torch.mm(inputs[weight.shape[0]], weight)
+        @torch.no_grad()
+        def act() -> None:
+            for _ in rows[kind]:
+                for weight in weights:
+                    torch.mm(inputs[weight.shape[1]], weight.t())
+                    if backward:
+                        torch.mm(inputs[weight.shape[0]], weight)
 
-    return {"training": train, "scoring": score}
+        return act
+
+    return {
+        "training": multiplied("training", backward=True),
+        "scoring": multiplied("scoring", backward=False),
+    }
 
 
 def with_vocabulary(path: str, words: int, folder: Path) -> Path:
@@ -180,15 +196,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "overrides", nargs="*", help="of Hydra, such as acceleration.compile=default"
+    )
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, help="words of the head; the bundled ones else")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    cfg = compose("train", ["experiment=quickstart"])
+    cfg = compose("train", ["experiment=quickstart", *arguments.overrides])
     data = pipeline.build_datamodule(cfg)
     data.setup()
     questions = data.questions["train"][: arguments.questions]
-    result: dict[str, Any] = {"questions": len(questions), "load": os.getloadavg()[0]}
+    result: dict[str, Any] = {
+        "overrides": arguments.overrides,
+        "questions": len(questions),
+        "load": os.getloadavg()[0],
+    }
     with tempfile.TemporaryDirectory() as folder:
         if arguments.vocabulary:
             path = resolve_path(str(cfg.model.path))
