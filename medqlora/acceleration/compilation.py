@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from medqlora.acceleration.backbone import Checkpointing, find_backbone
-from medqlora.acceleration.fused import adapter_dropout, enable_fused, why_not_fused
+from medqlora.acceleration.fused import (
+    adapter_dropout,
+    disable_fused,
+    enable_fused,
+    why_not_fused,
+)
 from medqlora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -173,6 +178,7 @@ def accelerate(
             f"acceleration.{options.of_fast_path[0]} cannot take effect because {reason}. Leave it "
             "out, or change that."
         )
+    disable_fused(model)
     if mode != "none":
         find_backbone(model).compile(
             dynamic=False, mode="reduce-overhead" if mode == "cuda_graphs" else None

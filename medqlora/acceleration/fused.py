@@ -125,6 +125,11 @@ def enable_fused(model: nn.Module, **options: Any) -> None:
     object.__setattr__(find_backbone(model), FAST_PATH, FusedBackbone(model, **options))
 
 
+def disable_fused(model: nn.Module) -> None:
+    """Send the rows of a model through its plain layers again."""
+    vars(find_backbone(model)).pop(FAST_PATH, None)
+
+
 def why_not_fused(model: nn.Module) -> str | None:
     """Why a model cannot take the fast path.
 

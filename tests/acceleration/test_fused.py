@@ -171,9 +171,13 @@ def test_where_it_can_be_taken_it_is_and_everything_runs_on_it(adapted, monkeypa
     row, model = rows(1, prefix=3)[0], set_up(adapted, fused=False).eval()
     told = accelerate(model, Acceleration(fused="on"), "cpu", 2048)
     assert told == "fast path, compile=none"
-    monkeypatch.setattr(find_backbone(model), "forward", None)  # plain layers would call it
-    with torch.no_grad():
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(find_backbone(model), "forward", None)  # plain layers would call it
         assert relative(hidden_states(model, row)[row.last], last_hidden(model, row)) < 0.01
+    assert accelerate(model, Acceleration(fused="off"), "cpu", 2048).startswith("plain layers")
+    monkeypatch.setattr(FusedBackbone, "last_hidden", None)
+    with torch.no_grad():
+        last_hidden(model, row)
 
 
 def test_a_base_without_adapter_scores_on_it(folder):
