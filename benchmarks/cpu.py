@@ -11,10 +11,10 @@ scoring, lm-evaluation-harness's way, one row for each of the four continuations
 and the packed rows of `train experiment=quickstart`, 2,048 tokens each, 4,096 in scoring, without
 Lightning's loop around them. Both compute in float32, or in what `quant.compute_dtype` says, and
 see the same questions. Each rate is the best of three passes behind a warm-up, in which all take
-turns; both run with one thread and with two, the better one counts for each. "products" is a bound on ours: the base's
-matrix products over the same rows and nothing else, forward for scoring, forward and the gradient
-of the input for training, as torch does them here. Overrides of Hydra are for ours and the types of
-both.
+turns; both run with one thread and with two, the better one counts for each. "products" is a bound
+on ours: the base's matrix products over the same rows and nothing else, forward for scoring,
+forward and the gradient of the input for training, as torch does them here. Overrides of Hydra are
+for ours and the types of both.
 `--vocabulary` gives the bundled model as many words as it says, the new ones random: Gemma has
 256,000.
 """
