@@ -1,7 +1,8 @@
-"""The operators of the fast path: Triton kernels compute them on CUDA, plain torch elsewhere.
+"""The operators of the fast path: Triton kernels compute them on CUDA, libraries elsewhere.
 
-`torch.compile` and CUDA graphs take them as they are. Plain torch says what the kernels have to
-agree with; its attention goes over all pairs of tokens of a row, nothing to train with.
+`torch.compile` and CUDA graphs take them as they are. What plain torch and bitsandbytes compute is
+what the kernels have to agree with; of it the fast path on the CPU takes `effective_weight`. The
+attention goes over all pairs of tokens of a row, nothing to train with.
 """
 
 from types import ModuleType
