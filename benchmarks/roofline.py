@@ -62,9 +62,12 @@ def draw(points: list[dict], path: Path) -> None:
         name = f"{point['label']}: " if point["kind"] == "peer" else ""
         if point["kind"] in ("peer", "command"):
             colour = MARKS[point["kind"]][1]
-            side = -1 if point["label"] == "TRL, 128" else 1  # another mark is to its right
-            place = (point["tokens"] * 1.16**side, min(rate, 0.88 * compute))  # clear of the roof
-            how = {"ha": "left" if side > 0 else "right", "va": "center", "fontsize": 9}
+            left = point.get("label_left", False)  # where another mark is to the right
+            place = (
+                point["tokens"] * (1 / 1.16 if left else 1.16),
+                min(rate, 0.88 * compute),  # clear of the roof
+            )
+            how = {"ha": "right" if left else "left", "va": "center", "fontsize": 9}
             axes.text(*place, f"{name}{rate:,.0f}", color=colour, **how)
     axes.set(xscale="log", yscale="log", xlim=(24, 90_000), ylim=(15, 4000))
     ticks = [64, 256, 1024, 2048, 4096, 16_384, 65_536]
