@@ -38,6 +38,9 @@ MIN_RANK = 16
 FLOAT8_MAX = 448.0
 """Largest float8_e4m3fn."""
 
+BLOCK_BYTES = 4 << 20
+"""Size of a block of gradients, or a little more."""
+
 MLP_CHUNKS, MIN_CHUNK = 4, 256
 """Where the MLP is computed again backwards, so many pieces of a row, of so many tokens or more."""
 
@@ -442,6 +445,56 @@ def one_stream(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+def gradients_in_blocks(
+    out: Tensor, parameters: list[nn.Parameter], grad_out: Tensor
+) -> list[Tensor]:
+    """`torch.autograd.grad`, those of neighbouring parameters end to end in blocks of some MB.
+
+    torch's allocator keeps tensors of up to a MiB apart from all others. Gradients of an adapter
+    are that small, and there would be memory for all of them that nothing larger can ever use. A
+    block takes the place of what the backward pass has done with.
+
+    Args:
+        out: What is differentiated.
+        parameters: Weights of one model, in the order of its layers.
+        grad_out: Gradient of `out`.
+    """
+    with contextlib.ExitStack() as hooks:
+        for members in _neighbours(parameters):
+            block = _Block(members)
+            for index, p in enumerate(members):
+                hooks.callback(p.register_hook(functools.partial(block.take, index)).remove)
+        return list(torch.autograd.grad(out, parameters, grad_out))
+
+
+def _neighbours(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    members: list[nn.Parameter] = []
+    for p in parameters:
+        if members and (p.dtype != members[0].dtype or p.device != members[0].device):
+            yield members
+            members = []
+        members.append(p)
+        if sum(member.nbytes for member in members) >= BLOCK_BYTES:
+            yield members
+            members = []
+    if members:
+        yield members
+
+
+class _Block:
+    """Memory for the gradients of a few parameters, taken when the first of them is there."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._places: list[Tensor] = []
+
+    def take(self, index: int, gradient: Tensor) -> Tensor:
+        if not self._places:
+            sizes = [p.numel() for p in self._parameters]
+            self._places = list(gradient.new_empty(sum(sizes)).split(sizes))
+        return self._places[index].view_as(gradient).copy_(gradient)
+
+
 class _Graph:
     """A forward and a backward pass recorded as CUDA graphs, replayed for rows of the same shapes.
 
@@ -476,7 +529,7 @@ class _Graph:
         with one_stream(device):
             for _ in range(2):  # compiles, and allocates what is allocated once
                 out = forward(self._row)
-                torch.autograd.grad(out, parameters, torch.zeros_like(out))
+                gradients_in_blocks(out, parameters, torch.zeros_like(out))
                 del out
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()  # the recorded passes have memory of their own
@@ -484,7 +537,7 @@ class _Graph:
                 self._out = forward(self._row)
             self._grad_out = torch.zeros_like(self._out)
             with record(self._backward):
-                gradients = torch.autograd.grad(self._out, parameters, self._grad_out)
+                gradients = gradients_in_blocks(self._out, parameters, self._grad_out)
                 self._gradients = torch.cat([gradient.flatten() for gradient in gradients])
         self._out = self._out.detach()
 
