@@ -13,7 +13,7 @@ from medqlora.acceleration.backbone import (
     prepare_for_training,
 )
 from medqlora.acceleration.compilation import Acceleration, accelerate
-from medqlora.acceleration.fused import one_stream
+from medqlora.acceleration.graphs import one_stream
 
 __all__ = [
     "PACKED_ATTENTION",

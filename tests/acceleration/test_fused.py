@@ -31,11 +31,11 @@ from medqlora.acceleration import (
 from medqlora.acceleration.fused import (
     FusedBackbone,
     enable_fused,
-    gradients_in_blocks,
     why_no_kernels,
     why_not_fused,
     why_other_layers,
 )
+from medqlora.acceleration.graphs import gradients_in_blocks
 from medqlora.errors import ConfigError
 from medqlora.quantization import QuantConfig, load_base
 from medqlora.quantization.embedding import QuantizedEmbedding
