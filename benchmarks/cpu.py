@@ -11,10 +11,11 @@ scoring, lm-evaluation-harness's way, one row for each of the four continuations
 and the packed rows of `train experiment=quickstart`, 2,048 tokens each, 4,096 in scoring, without
 Lightning's loop around them. Both compute in float32, or in what `quant.compute_dtype` says, and
 see the same questions. Each rate is the best of three passes behind a warm-up, in which all take
-turns; both run with one thread and with two, the better one counts for each. "products" is a bound
-on ours: the base's matrix products over the same rows and nothing else, forward for scoring,
-forward and the gradient of the input for training, as torch does them here. Overrides of Hydra are
-for ours and the types of both.
+turns; both run with one thread and with two, the better one counts for each. "products" and "bound"
+are what ours cannot do without, over the same rows, as torch does it here: the base's matrix
+products and nothing else, forward for scoring, forward and the gradient of the input for training;
+and with them the products of the adapter's gradients, and attention. Overrides of Hydra are for
+ours and the types of all.
 `--vocabulary` gives the bundled model as many words as it says, the new ones random: Gemma has
 256,000.
 """
@@ -36,6 +37,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqlora import pipeline
+from medqlora.acceleration import find_backbone, packed_attention
 from medqlora.budget import optimizer_of
 from medqlora.config import compose
 from medqlora.data import MedMCQADataModule
@@ -139,31 +141,69 @@ def rows_of(data: MedMCQADataModule, questions: list[Question]) -> dict[str, lis
     return rows
 
 
-def products(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[str, Callable]:
-    """What ours cannot do without: the products of the base, its weights already unpacked."""
-    rows, base = rows_of(data, questions), pipeline.build_base(cfg)
-    dtype = getattr(torch, cfg.quant.compute_dtype)
-    layers = [m for name, m in base.named_modules() if name.rpartition(".")[2] in LINEARS]
-    shapes = [(int(m.out_features), int(m.in_features)) for m in layers]  # pyright: ignore
-    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+def bound(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[str, Callable]:
+    """What ours cannot do without, by the operations that torch has for it, on random numbers.
 
-    def multiplied(kind: str, *, backward: bool) -> Callable[[], None]:
-        tokens = rows[kind][0].input_ids.shape[0]
-        inputs = {n: torch.randn(tokens, n).to(dtype) for shape in shapes for n in shape}
+    The products of the base, its weights already unpacked; then with those of the adapter's
+    gradients and with attention. As in ours the last layer only computes scored tokens behind its
+    attention.
+    """
+    rows, base = rows_of(data, questions), pipeline.build_base(cfg)
+    dtype, rank = getattr(torch, cfg.quant.compute_dtype), int(cfg.peft.r)
+    backbone: Any = find_backbone(base)
+    shape = backbone.config
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size).to(dtype)
+
+    def linears(tokens: int, scored: int) -> Iterator[tuple[Tensor, ...]]:
+        """Of each: input, weight, the output's gradient, and the adapter's two factors."""
+        for layer in backbone.layers:
+            for name, module in layer.named_modules():
+                if (kind := name.rpartition(".")[2]) in LINEARS:
+                    behind = layer is backbone.layers[-1] and kind[0] not in "qkv"
+                    length = scored if behind else tokens
+                    out, inner = module.out_features, module.in_features
+                    sizes = (length, inner), (out, inner), (length, out), (rank, inner), (out, rank)
+                    yield tuple(numbers(*size) for size in sizes)
+
+    def acted(kind: str, *, all_of_it: bool) -> Callable[[], None]:
+        backward, first = kind == "training", rows[kind][0]
+        tokens = first.input_ids.shape[0]
+        multiplied = list(linears(tokens, first.last.shape[0]))
+        heads = shape.num_attention_heads, *2 * [shape.num_key_value_heads]
+        parts = [numbers(tokens, n, shape.head_dim).requires_grad_(backward) for n in heads]
+        grad_out = torch.randn_like(parts[0])
 
         @torch.no_grad()
+        def multiply() -> None:
+            for x, weight, grad, lora_a, lora_b in multiplied:
+                torch.mm(x, weight.t())
+                if backward:
+                    torch.mm(grad, weight)
+                if backward and all_of_it:
+                    torch.mm(torch.mm(grad, lora_b).t(), x)
+                    torch.mm(torch.mm(x, lora_a.t()).t(), grad)
+
+        def attend(row: PackedBatch) -> None:
+            q, k, v = parts
+            for _ in backbone.layers:
+                out = packed_attention(q, k, v, row.cu_seqlens, tokens, 1.0, row.prefix_length)
+                if backward:
+                    torch.autograd.grad(out, parts, grad_out)
+
         def act() -> None:
-            for _ in rows[kind]:
-                for weight in weights:
-                    torch.mm(inputs[weight.shape[1]], weight.t())
-                    if backward:
-                        torch.mm(inputs[weight.shape[0]], weight)
+            for row in rows[kind]:
+                multiply()
+                if all_of_it:
+                    attend(row)
 
         return act
 
     return {
-        "training": multiplied("training", backward=True),
-        "scoring": multiplied("scoring", backward=False),
+        f"{name} {kind}": acted(kind, all_of_it=name == "bound")
+        for name in ("products", "bound")
+        for kind in rows
     }
 
 
@@ -224,13 +264,15 @@ def main() -> None:
             cfg.model.path = str(with_vocabulary(path, arguments.vocabulary, Path(folder)))
         acts = {
             f"{name} {what}": act
-            for name, make in (("plain", plain), ("ours", ours), ("products", products))
+            for name, make in (("plain", plain), ("ours", ours))
             for what, act in make(cfg, questions, data).items()
         }
+        acts |= bound(cfg, questions, data)
         result |= best_rates(acts, len(questions))
     for what in ("training", "scoring"):
-        rates = {n: max(result[f"{n} {what}"].values()) for n in ("plain", "ours", "products")}
-        for name in ("ours", "products"):
+        names = ("plain", "ours", "products", "bound")
+        rates = {name: max(result[f"{name} {what}"].values()) for name in names}
+        for name in names[1:]:
             result[f"{what} ratio of {name}"] = round(rates[name] / rates["plain"], 1)
     print(json.dumps(result, indent=1))
     if arguments.output:
