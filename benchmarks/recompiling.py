@@ -28,14 +28,14 @@ from medqlora.config import compose  # noqa: E402
 
 JOBS = [("lora_r4", 1), ("lora_r4", 2), ("lora_r8", 1), ("lora_r4", 3)]
 SHORT = [
-    *("experiment=quickstart", "acceleration.compile=default", "acceleration.fused=off"),
-    *(
-        "trainer.max_steps=2",
-        "data.limit_val=8",
-        "data.limit_test=8",
-        "baselines=[]",
-        "callbacks.progress=null",
-    ),
+    "experiment=quickstart",
+    "acceleration.compile=default",
+    "acceleration.fused=off",
+    "trainer.max_steps=2",
+    "data.limit_val=8",
+    "data.limit_test=8",
+    "baselines=[]",
+    "callbacks.progress=null",
 ]
 
 

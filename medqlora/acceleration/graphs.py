@@ -66,7 +66,7 @@ def gradients_in_blocks(
 
     Args:
         out: What is differentiated.
-        parameters: Weights of one model, in the order of its layers.
+        parameters: Weights of one model on one device, in the order of its layers.
         grad_out: Gradient of `out`.
     """
     with contextlib.ExitStack() as hooks:
@@ -80,7 +80,7 @@ def gradients_in_blocks(
 def _neighbours(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     members: list[nn.Parameter] = []
     for p in parameters:
-        if members and (p.dtype != members[0].dtype or p.device != members[0].device):
+        if members and p.dtype != members[0].dtype:
             yield members
             members = []
         members.append(p)
