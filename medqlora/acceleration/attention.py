@@ -1,13 +1,16 @@
 """Attention over a packed row: each question sees itself, and the tokens that all of them share.
 
 On CUDA in 16 bit this is `torch.nn.attention.varlen.varlen_attn`; elsewhere the questions are laid
-out as padded batches for `scaled_dot_product_attention` and put back. Both hide behind one name in
+out as padded batches and put back. Those are for `scaled_dot_product_attention`, but on the CPU,
+where short ones take half as long as plain matrix products. All hide behind one name in
 transformers' registry, so the modelling code of Gemma stays upstream's.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,9 @@ PACKED_ATTENTION = "medqlora_packed"
 
 BATCHES = 4
 """Batches that the questions of a row are padded in: the more, the less padding, the more calls."""
+
+SHORT = 256
+"""Tokens of the longest questions whose attention weights are kept for the backward pass."""
 
 _VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
 # torch 2.11 has a flag for causal attention, later versions a window of (left, right) tokens.
@@ -185,18 +191,48 @@ def _padded(
         query, key, value = query.float(), key.float(), value.float()
     layout = _Layout.of(cu_seqlens, prefix_length)
     query, key, value = (_Spread.apply(t, layout) for t in (query, key, value))
-    attended, begin = [], 0
-    for num_lines, width in layout.shapes:
-        end = begin + num_lines * width
-        q, k, v = (
-            t[begin:end].unflatten(0, (num_lines, width)).transpose(1, 2)
-            for t in (query, key, value)
-        )
-        k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    sizes = [num_lines * width for num_lines, width in layout.shapes]
+    attended = []
+    for shape, *qkv in zip(
+        layout.shapes, *(t.split(sizes) for t in (query, key, value)), strict=True
+    ):
+        q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in qkv)
+        if q.is_cuda or shape[1] > SHORT:
+            k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        else:
+            out = _attend_short(q, k, v, scale)
         attended.append(out.transpose(1, 2).flatten(0, 1))
-        begin = end
     return _Collect.apply(torch.cat(attended), layout, num_tokens).to(dtype)
+
+
+def _attend_short(
+    query: Float[Tensor, "line head place width"],
+    key: Float[Tensor, "line kv_head place width"],
+    value: Float[Tensor, "line kv_head place width"],
+    scale: float | None,
+) -> Float[Tensor, "line head place width"]:
+    """Causal attention of padded questions as three products.
+
+    All query heads that share a key are rows of the same product. Where that is all heads, as in
+    Gemma-2B, nothing is copied for it.
+    """
+    num_lines, num_kv_heads, length, width = key.shape
+    group = query.shape[1] // num_kv_heads
+    rows = query.unflatten(1, (num_kv_heads, group)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+    unseen = _causal_mask(SHORT, group, key.dtype)[:, : length * group, :length]
+    with torch.autocast(key.device.type, enabled=False):
+        factor = 1 / math.sqrt(width) if scale is None else scale
+        scores = torch.baddbmm(unseen, rows, key.flatten(0, 1).mT, alpha=factor)
+        out = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
+    return out.view(num_lines, num_kv_heads, length, group, width).transpose(2, 3).flatten(1, 2)
+
+
+@functools.cache
+def _causal_mask(length: int, group: int, dtype: torch.dtype) -> Float[Tensor, "one row place"]:
+    """0 where a query sees a place and minus infinity where it does not; `group` rows a place."""
+    unseen = torch.full((length, length), float("-inf"), dtype=dtype).triu(1)
+    return unseen.repeat_interleave(group, dim=0)[None]
 
 
 class _Layout(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from medqlora.acceleration import (
+    attention,
     cover_padding,
     last_hidden,
     packed_attention,
@@ -108,6 +109,19 @@ def test_questions_attend_to_the_tokens_they_share(scale):
     (expected * weight).sum().backward()
     for ours, theirs in zip(packed, single, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("short", [0, 7])
+def test_questions_too_long_to_keep_their_weights_get_the_same(monkeypatch, short):
+    kept, not_kept = qkv(requires_grad=True), qkv(requires_grad=True)
+    expected = packed_attention(*kept, SHARED, max_length=13, prefix_length=4)
+    monkeypatch.setattr(attention, "SHORT", short)  # 7: one question is, the other is not
+    out = packed_attention(*not_kept, SHARED, max_length=13, prefix_length=4)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=3e-6)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for ours, theirs in zip(not_kept, kept, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=3e-6)
 
 
 def test_keys_with_the_shared_ones_in_front_keep_their_order_and_use_no_empty_place():
