@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqlora import pipeline
 from medqlora.acceleration import find_backbone
+from medqlora.acceleration.operators import matmul
 from medqlora.budget import optimizer_of
 from medqlora.config import compose
 from medqlora.data import MedMCQADataModule
@@ -145,8 +146,8 @@ def bound(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[
     """The products that ours is made of, on random numbers that lie as the products want them.
 
     Those of the base, its weights already unpacked; then with those of the adapter's gradients and
-    attention as products and softmax of padded questions, which is faster here than what torch
-    has for it. As in ours the last layer only computes scored tokens behind its attention.
+    attention as products and softmax of padded questions. As in ours the last layer only computes
+    scored tokens behind its attention.
     """
     rows, base = rows_of(data, questions), pipeline.build_base(cfg)
     dtype, rank = getattr(torch, cfg.quant.compute_dtype), int(cfg.peft.r)
@@ -180,12 +181,12 @@ def bound(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[
 
     def multiply(linears: list[tuple[Tensor, ...]], *, backward: bool, adapter: bool) -> None:
         for x, weight, grad, lora_a, lora_b in linears:
-            torch.mm(x, weight.t())
+            matmul(x, weight.t())
             if backward:
-                torch.mm(grad, weight)
+                matmul(grad, weight)
             if backward and adapter:
-                torch.mm(torch.mm(grad, lora_b).t(), x)
-                torch.mm(torch.mm(x, lora_a.t()).t(), grad)
+                matmul(matmul(grad, lora_b).t(), x)
+                matmul(matmul(x, lora_a.t()).t(), grad)
 
     def attend(batches: list[tuple[Tensor, ...]], *, backward: bool) -> None:
         for q, k, v, grad in batches:

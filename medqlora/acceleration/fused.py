@@ -26,10 +26,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medqlora.acceleration import operators  # noqa: F401  torch.ops.medqlora
 from medqlora.acceleration.attention import cover_padding, packed_attention
 from medqlora.acceleration.backbone import FAST_PATH, Checkpointing, find_backbone, offloaded
 from medqlora.acceleration.graphs import RecordedPass, Row
+from medqlora.acceleration.operators import matmul
 from medqlora.schema import PackedBatch
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -575,7 +575,8 @@ class _FoldedLinear(torch.autograd.Function):
         if lora_a is not None and ctx.needs_input_grad[1]:
             # The wider of input and gradient is passed over once, the other one twice.
             if not x.is_cuda:
-                grad_a, grad_b = (grad @ lora_b).t() @ x, ((x @ lora_a.t()).t() @ grad).t()
+                grad_a = matmul(matmul(grad, lora_b).t(), x)
+                grad_b = matmul(matmul(x, lora_a.t()).t(), grad).t()
             elif x.shape[1] > grad.shape[1]:
                 grad_down = grad @ lora_b
                 down, grad_a = torch.ops.medqlora.lora_gradient(
@@ -621,7 +622,7 @@ def _weight(
 def _product(x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
     """`x @ weight.T`, in their type or with both rounded to 8-bit floats."""
     if not sizes.weight_scale:
-        return x @ weight.t()
+        return matmul(x, weight.t())
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FLOAT8_MAX
     rounded = (x.float() / scale).to(torch.float8_e4m3fn)
     weight_scale = torch.full(

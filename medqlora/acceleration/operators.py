@@ -10,6 +10,28 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+ONEDNN = torch.backends.mkldnn.is_available()
+"""Whether torch was built with oneDNN."""
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of matrices, in float32 on the CPU by oneDNN.
+
+    torch asks MKL there, which takes twice as long on AMD's processors (`benchmarks/cpu.py`). In
+    compiled code it is torch's choice: the compiler takes oneDNN for constant weights only.
+
+    Args:
+        a: (row, sum).
+        b: (sum, column), of the same type; either may be transposed.
+
+    Returns:
+        (row, column).
+    """
+    on_cpu = a.device.type == "cpu" and a.dtype == torch.float32
+    if on_cpu and ONEDNN and not torch.compiler.is_compiling():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return a @ b
+
 
 def _kernels() -> ModuleType:
     from medqlora.acceleration import kernels  # Triton is there on CUDA only

@@ -328,18 +328,22 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("where", "says"), [("mlp", "the loss became nan"), ("q_proj", "tensors are not finite")]
+    ("spoilt", "says"),
+    [("weight", "the loss became nan"), ("gradient", "tensors are not finite")],
 )
-def test_no_checkpoint_is_written_of_a_run_that_is_not_finite(run, tmp_path, where, says):
-    """On the CPU attention swallows the NaN of a query: the loss is finite, the gradient is not."""
-
+def test_no_checkpoint_is_written_of_a_run_that_is_not_finite(run, tmp_path, spoilt, says):
     class Poison(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 6:
+        def poison(self, trainer, pl_module, what):
+            if trainer.global_step == 6 and what == spoilt:
+                lora = next(p for n, p in pl_module.named_parameters() if "lora" in n)
                 with torch.no_grad():
-                    next(p for n, p in pl_module.named_parameters() if where in n and "lora" in n)[
-                        :
-                    ] = float("nan")
+                    (lora if what == "weight" else lora.grad)[:] = float("nan")
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.poison(trainer, pl_module, "weight")
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.poison(trainer, pl_module, "gradient")
 
     with pytest.raises(TrainingError, match=says) as error:
         run("run", Poison(), NaNGuard(every_n_rows=1000), every_n_steps=1)
