@@ -5,20 +5,31 @@ what the kernels have to agree with; of it the fast path on the CPU takes `effec
 attention goes over all pairs of tokens of a row, nothing to train with.
 """
 
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-ONEDNN = torch.backends.mkldnn.is_available()
-"""Whether torch was built with oneDNN."""
+
+def _is_amd() -> bool:
+    """Whether the processor is AMD's, as far as Linux tells."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and _is_amd()
+"""Whether oneDNN multiplies float32 matrices faster than MKL, which holds back on AMD."""
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of matrices, in float32 on the CPU by oneDNN.
+    """`a @ b` of matrices; in float32 on an AMD processor by oneDNN.
 
-    torch asks MKL there, which takes twice as long on AMD's processors (`benchmarks/cpu.py`). In
-    compiled code it is torch's choice: the compiler takes oneDNN for constant weights only.
+    torch asks MKL there, which takes twice as long (`benchmarks/README.md`); on Intel's they are
+    equal. In compiled code it is torch's choice: the compiler takes oneDNN for constant weights
+    only.
 
     Args:
         a: (row, sum).
@@ -28,7 +39,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         (row, column).
     """
     on_cpu = a.device.type == "cpu" and a.dtype == torch.float32
-    if on_cpu and ONEDNN and not torch.compiler.is_compiling():
+    if ONEDNN and on_cpu and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 

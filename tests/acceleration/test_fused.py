@@ -35,6 +35,7 @@ from medqlora.acceleration.fused import (
     why_not_fused,
     why_other_layers,
 )
+from medqlora.acceleration.operators import matmul
 from medqlora.errors import ConfigError
 from medqlora.quantization import QuantConfig, load_base
 from medqlora.quantization.embedding import QuantizedEmbedding
@@ -385,6 +386,18 @@ def test_the_gradients_of_the_adapter_are_its_products():
     assert relative(grad_down, grad.double() @ b.double()) < 1e-5
     assert relative(grad_b, grad.double().t() @ down.double()) < 1e-5
     torch.library.opcheck(operators.lora_gradient, (grad.bfloat16(), down.bfloat16(), b.bfloat16()))
+
+
+@pytest.mark.parametrize("one_dnn", [False, torch.backends.mkldnn.is_available()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_their_definition_whoever_computes_them(monkeypatch, dtype, one_dnn):
+    monkeypatch.setattr("medqlora.acceleration.operators.ONEDNN", one_dnn)
+    a, b = torch.randn(37, 16).to(dtype), torch.randn(16, 21).to(dtype)
+    for left, right in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
+        product = matmul(left, right)
+        assert product.dtype == dtype
+        precise = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+        torch.testing.assert_close(product, (a.double() @ b.double()).to(dtype), **precise)
 
 
 @pytest.mark.parametrize(("prefix", "ends"), [(0, [5, 12, 20, 20]), (3, [8, 9, 20, 20])])
