@@ -1,9 +1,9 @@
 """Attention over a packed row: each question sees itself, and the tokens that all of them share.
 
 On CUDA in 16 bit this is `torch.nn.attention.varlen.varlen_attn`; elsewhere the questions are laid
-out as padded batches and put back. Those are for `scaled_dot_product_attention`, but on the CPU,
-where short ones take half as long as plain matrix products. All hide behind one name in
-transformers' registry, so the modelling code of Gemma stays upstream's.
+out as padded batches and put back: for `scaled_dot_product_attention`, or, short ones on the CPU,
+for plain matrix products, which are faster there. All hide behind one name in transformers'
+registry, so the modelling code of Gemma stays upstream's.
 """
 
 from __future__ import annotations
