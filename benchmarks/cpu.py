@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqlora import pipeline
 from medqlora.acceleration import find_backbone
+from medqlora.acceleration.attention import BATCHES
 from medqlora.acceleration.operators import matmul
 from medqlora.budget import optimizer_of
 from medqlora.config import compose
@@ -146,69 +147,21 @@ def bound(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[
     """The products that ours is made of, on random numbers that lie as the products want them.
 
     Those of the base, its weights already unpacked; then with those of the adapter's gradients and
-    attention as products and softmax of padded questions. As in ours the last layer only computes
-    scored tokens behind its attention.
+    attention as products and softmax of padded questions.
     """
-    rows, base = rows_of(data, questions), pipeline.build_base(cfg)
+    rows, backbone = rows_of(data, questions), find_backbone(pipeline.build_base(cfg))
     dtype, rank = getattr(torch, cfg.quant.compute_dtype), int(cfg.peft.r)
-    backbone: Any = find_backbone(base)
-    shape = backbone.config
-
-    def numbers(*sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return tuple(torch.randn(size).to(dtype) for size in sizes)
-
-    def linears(tokens: int, scored: int) -> Iterator[tuple[Tensor, ...]]:
-        """Of each: input, weight, the output's gradient, and the adapter's two factors."""
-        for layer in backbone.layers:
-            for name, module in layer.named_modules():
-                if (kind := name.rpartition(".")[2]) in LINEARS:
-                    behind = layer is backbone.layers[-1] and kind[0] not in "qkv"
-                    length = scored if behind else tokens
-                    out, inner = module.out_features, module.in_features
-                    yield numbers(
-                        (length, inner), (out, inner), (length, out), (rank, inner), (out, rank)
-                    )
-
-    def padded_questions(row: PackedBatch) -> list[tuple[Tensor, ...]]:
-        """Of each batch of similar length: queries of all heads, key, value, the gradient."""
-        lengths = (row.cu_seqlens.diff() + row.prefix_length)[: row.num_questions]
-        batches = []
-        for batch in lengths.sort().values.chunk(4):
-            one = len(batch), int(batch.max()), shape.head_dim
-            all_heads = one[0], one[1] * shape.num_attention_heads, one[2]
-            batches.append(numbers(all_heads, one, one, all_heads))
-        return batches
-
-    def multiply(linears: list[tuple[Tensor, ...]], *, backward: bool, adapter: bool) -> None:
-        for x, weight, grad, lora_a, lora_b in linears:
-            matmul(x, weight.t())
-            if backward:
-                matmul(grad, weight)
-            if backward and adapter:
-                matmul(matmul(grad, lora_b).t(), x)
-                matmul(matmul(x, lora_a.t()).t(), grad)
-
-    def attend(batches: list[tuple[Tensor, ...]], *, backward: bool) -> None:
-        for q, k, v, grad in batches:
-            weights = torch.bmm(q, k.mT).softmax(-1)
-            torch.bmm(weights, v)
-            if backward:
-                torch.bmm(weights.mT, grad)
-                of_weights = torch.bmm(grad, v.mT)
-                of_scores = torch._softmax_backward_data(of_weights, weights, -1, dtype)
-                torch.bmm(of_scores, k)
-                torch.bmm(of_scores.mT, q)
 
     def acted(kind: str, *, all_of_it: bool) -> Callable[[], None]:
-        backward, first = kind == "training", rows[kind][0]
-        multiplied = list(linears(first.input_ids.shape[0], first.last.shape[0]))
-        attended = [padded_questions(row) for row in rows[kind]]
+        backward = kind == "training"
+        multiplied = list(linears(backbone, rows[kind][0], rank, dtype))
+        attended = [padded_questions(backbone, row, dtype) for row in rows[kind]]
 
         @torch.no_grad()
         def act() -> None:
             for batches in attended:
                 multiply(multiplied, backward=backward, adapter=all_of_it)
-                for _ in backbone.layers if all_of_it else []:
+                for _ in range(backbone.config.num_hidden_layers if all_of_it else 0):
                     attend(batches, backward=backward)
 
         return act
@@ -218,6 +171,65 @@ def bound(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[
         for name in ("products", "bound")
         for kind in rows
     }
+
+
+def numbers(dtype: torch.dtype, *sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Random tensors."""
+    return tuple(torch.randn(size).to(dtype) for size in sizes)
+
+
+def linears(
+    backbone: Any, row: PackedBatch, rank: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, ...]]:
+    """Of each linear layer: input, weight, the output's gradient, and the adapter's two factors.
+
+    As in ours the last layer computes scored tokens only, once its keys and values are there.
+    """
+    for layer in backbone.layers:
+        for name, module in layer.named_modules():
+            if (kind := name.rpartition(".")[2]) in LINEARS:
+                behind = layer is backbone.layers[-1] and kind[0] not in "qkv"
+                tokens = len(row.last if behind else row.input_ids)
+                out, inner = module.out_features, module.in_features
+                sizes = (tokens, inner), (out, inner), (tokens, out), (rank, inner), (out, rank)
+                yield numbers(dtype, *sizes)
+
+
+def padded_questions(
+    backbone: Any, row: PackedBatch, dtype: torch.dtype
+) -> list[tuple[Tensor, ...]]:
+    """Of each batch of similar length: queries of all heads, key, value, the gradient."""
+    lengths = (row.cu_seqlens.diff() + row.prefix_length)[: row.num_questions]
+    batches = []
+    for batch in lengths.sort().values.chunk(BATCHES):
+        one = len(batch), int(batch.max()), backbone.config.head_dim
+        all_heads = one[0], one[1] * backbone.config.num_attention_heads, one[2]
+        batches.append(numbers(dtype, all_heads, one, one, all_heads))
+    return batches
+
+
+def multiply(linears: list[tuple[Tensor, ...]], *, backward: bool, adapter: bool) -> None:
+    """The products of linear layers and, in training, of their adapters' gradients."""
+    for x, weight, grad, lora_a, lora_b in linears:
+        matmul(x, weight.t())
+        if backward:
+            matmul(grad, weight)
+        if backward and adapter:
+            matmul(matmul(grad, lora_b).t(), x)
+            matmul(matmul(x, lora_a.t()).t(), grad)
+
+
+def attend(batches: list[tuple[Tensor, ...]], *, backward: bool) -> None:
+    """The products and softmax of attention."""
+    for q, k, v, grad in batches:
+        weights = torch.bmm(q, k.mT).softmax(-1)
+        torch.bmm(weights, v)
+        if backward:
+            torch.bmm(weights.mT, grad)
+            of_weights = torch.bmm(grad, v.mT)
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            torch.bmm(of_scores, k)
+            torch.bmm(of_scores.mT, q)
 
 
 def with_vocabulary(path: str, words: int, folder: Path) -> Path:

@@ -29,7 +29,7 @@ BATCHES = 4
 """Batches that the questions of a row are padded in: the more, the less padding, the more calls."""
 
 SHORT = 256
-"""Tokens of the longest questions whose attention weights are kept for the backward pass."""
+"""Tokens of the longest questions that the CPU attends to by plain products."""
 
 _VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
 # torch 2.11 has a flag for causal attention, later versions a window of (left, right) tokens.
@@ -185,47 +185,54 @@ def _padded(
     prefix_length: int,
 ) -> Tensor:
     """The same through batches padded on the right, which causal attention never looks at."""
-    num_tokens, group, dtype = query.shape[0], query.shape[1] // key.shape[1], query.dtype
+    num_tokens, dtype = query.shape[0], query.dtype
     if query.device.type == "cpu":
         # In 16 bit the backward pass takes ten times as long there.
         query, key, value = query.float(), key.float(), value.float()
     layout = _Layout.of(cu_seqlens, prefix_length)
-    query, key, value = (_Spread.apply(t, layout) for t in (query, key, value))
-    sizes = [num_lines * width for num_lines, width in layout.shapes]
+    sizes = [num_lines * length for num_lines, length in layout.shapes]
+    queries, keys, values = (_Spread.apply(t, layout).split(sizes) for t in (query, key, value))
     attended = []
-    for shape, *qkv in zip(
-        layout.shapes, *(t.split(sizes) for t in (query, key, value)), strict=True
-    ):
-        q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in qkv)
-        if q.is_cuda or shape[1] > SHORT:
-            k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        else:
-            out = _attend_short(q, k, v, scale)
-        attended.append(out.transpose(1, 2).flatten(0, 1))
+    for shape, *batch in zip(layout.shapes, queries, keys, values, strict=True):
+        attend = _attend_short if not query.is_cuda and shape[1] <= SHORT else _attend
+        q, k, v = (t.unflatten(0, shape) for t in batch)
+        attended.append(attend(q, k, v, scale).flatten(0, 1))
     return _Collect.apply(torch.cat(attended), layout, num_tokens).to(dtype)
 
 
-def _attend_short(
-    query: Float[Tensor, "line head place width"],
-    key: Float[Tensor, "line kv_head place width"],
-    value: Float[Tensor, "line kv_head place width"],
+def _attend(
+    query: Float[Tensor, "line place head width"],
+    key: Float[Tensor, "line place kv_head width"],
+    value: Float[Tensor, "line place kv_head width"],
     scale: float | None,
-) -> Float[Tensor, "line head place width"]:
-    """Causal attention of padded questions as three products.
+) -> Float[Tensor, "line place head width"]:
+    """Causal attention of padded questions."""
+    group = query.shape[2] // key.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
-    All query heads that share a key are rows of the same product. Where that is all heads, as in
+
+def _attend_short(
+    query: Float[Tensor, "line place head width"],
+    key: Float[Tensor, "line place kv_head width"],
+    value: Float[Tensor, "line place kv_head width"],
+    scale: float | None,
+) -> Float[Tensor, "line place head width"]:
+    """The same as plain products, whose weights are kept for the backward pass.
+
+    All query heads that share a key are rows of one product. Where that is all heads, as in
     Gemma-2B, nothing is copied for it.
     """
-    num_lines, num_kv_heads, length, width = key.shape
-    group = query.shape[1] // num_kv_heads
-    rows = query.unflatten(1, (num_kv_heads, group)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+    num_lines, length, num_kv_heads, width = key.shape
+    group = query.shape[2] // num_kv_heads
+    q = query.unflatten(2, (num_kv_heads, group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    k, v = (t.transpose(1, 2).flatten(0, 1) for t in (key, value))
     unseen = _causal_mask(SHORT, group, key.dtype)[:, : length * group, :length]
+    factor = 1 / math.sqrt(width) if scale is None else scale
     with torch.autocast(key.device.type, enabled=False):
-        factor = 1 / math.sqrt(width) if scale is None else scale
-        scores = torch.baddbmm(unseen, rows, key.flatten(0, 1).mT, alpha=factor)
-        out = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
-    return out.view(num_lines, num_kv_heads, length, group, width).transpose(2, 3).flatten(1, 2)
+        out = torch.baddbmm(unseen, q, k.mT, alpha=factor).softmax(-1) @ v
+    return out.view(num_lines, num_kv_heads, length, group, width).transpose(1, 2).flatten(2, 3)
 
 
 @functools.cache

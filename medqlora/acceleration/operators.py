@@ -1,8 +1,9 @@
 """The operators of the fast path: Triton kernels compute them on CUDA, libraries elsewhere.
 
 `torch.compile` and CUDA graphs take them as they are. What plain torch and bitsandbytes compute is
-what the kernels have to agree with; of it the fast path on the CPU takes `effective_weight`. The
-attention goes over all pairs of tokens of a row, nothing to train with.
+what the kernels have to agree with; of it the fast path on the CPU takes `effective_weight`, and
+`matmul` for its products. The attention goes over all pairs of tokens of a row, nothing to train
+with.
 """
 
 from pathlib import Path
