@@ -22,7 +22,7 @@ from torch import Tensor
 from medqlora import processes
 from medqlora.acceleration import one_stream
 from medqlora.errors import RunPruned, TrainingError
-from medqlora.finetuning.checkpoints import RunCheckpoints, between_updates
+from medqlora.finetuning.checkpoints import RunCheckpoints, between_updates, validates_now
 from medqlora.finetuning.memory import OutOfMemory, is_out_of_memory
 from medqlora.schema import PackedBatch
 
@@ -439,15 +439,11 @@ class GracefulStop(Callback):
     ) -> None:
         """Stop between two updates.
 
-        A validation runs to its end and is followed by one more update: its result belongs to the
-        state that is saved.
+        A validation runs to its end and is followed by one more update, if there is one: its result
+        belongs to the state that is saved.
         """
-        if not between_updates(trainer):
+        if not between_updates(trainer) or validates_now(trainer) or not self._asked():
             return
-        received = processes.largest(self.received or 0)
-        if not received:
-            return
-        self.received = received
         if self.checkpoints is not None:
             self.checkpoints.save_last(trainer)
         raise _StopNow
@@ -458,6 +454,8 @@ class GracefulStop(Callback):
         In `teardown` those would come back after that, and each would hold its whole run alive.
         """
         self._restore()
+        if self._asked():  # in the last validation, or before it; the state was saved behind it
+            raise _StopNow
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the handlers back."""
@@ -468,6 +466,13 @@ class GracefulStop(Callback):
     ) -> None:
         """Give the handlers back."""
         self._restore()
+
+    def _asked(self) -> bool:
+        """Whether any process was asked to stop."""
+        received = processes.largest(self.received or 0)
+        if received:  # else a signal may have come since
+            self.received = received
+        return bool(received)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is not None:

@@ -301,7 +301,7 @@ class RunCheckpoints(Checkpoint):
         if self.every_n_steps is None or not between_updates(trainer):
             return
         due = trainer.global_step - max(self._saved_step, 0) >= self.every_n_steps
-        if due and not _validates_now(trainer):
+        if due and not validates_now(trainer):
             self.save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -365,7 +365,7 @@ def between_updates(trainer: Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
-def _validates_now(trainer: Trainer) -> bool:
+def validates_now(trainer: Trainer) -> bool:
     """Whether Lightning runs a validation after this row, from which a resumed run must start."""
     loop = trainer.fit_loop
     fetcher = loop._data_fetcher

@@ -199,6 +199,28 @@ def test_a_signal_in_mid_window_saves_after_the_update_and_loses_nothing(
     assert_same(everything(again, resumed), everything(module, trainer))
 
 
+@pytest.mark.parametrize("limit_val_batches", [0, 2])
+@pytest.mark.parametrize("step", [4, 5, 10, 15])
+def test_a_signal_in_the_last_update_of_an_epoch_loses_nothing(run, step, limit_val_batches):
+    """The validation behind it belongs to the state that is saved; five updates an epoch."""
+
+    class Stop(GracefulStop):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            [self.checkpoints] = [c for c in trainer.callbacks if isinstance(c, RunCheckpoints)]
+            if trainer.global_step == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"limit_val_batches": limit_val_batches, "every_n_steps": 100}
+    module, trainer, checkpoints = run("whole", **options)
+    with pytest.raises(RunInterrupted, match="state saved at step"):
+        run("stopped", Stop(), **options)
+    again, resumed, resumed_checkpoints = run("stopped", **options)
+    assert resumed.global_step == trainer.global_step == 15
+    assert_same(everything(again, resumed), everything(module, trainer))
+    assert resumed_checkpoints.best_score == checkpoints.best_score
+    assert resumed_checkpoints.best_step == checkpoints.best_step
+
+
 def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_loses_nothing(run, tmp_path):
     with pytest.raises(Killed):
         run("killed", KillAfter(10), every_n_steps=1)
