@@ -460,8 +460,9 @@ def attention_block(
     """The first half of a layer, added to its input; see `decoder_layer`."""
     x = rms_norm(hidden, layer.input_norm, sizes.eps)
     width = sizes.num_heads * sizes.head_dim
-    query = _rotate(_linear(x, layer.q, width, sizes.width, sizes), cosine, sine)
-    key = _rotate(_linear(x, layer.k, sizes.kv_width, sizes.width, sizes), cosine, sine)
+    query = _linear(x, layer.q, width, sizes.width, sizes)
+    key = _linear(x, layer.k, sizes.kv_width, sizes.width, sizes)
+    query, key = rotate(query, key, cosine, sine)
     value = _linear(x, layer.v, sizes.kv_width, sizes.width, sizes)
     attended = _attention(query, key, value, boundaries, sizes)
     if keep is not None:
@@ -498,21 +499,33 @@ def mlp_block(
     x = rms_norm(hidden, layer.post_norm, sizes.eps)
     gate = _linear(x, layer.gate, sizes.mlp_width, sizes.width, sizes)
     up = _linear(x, layer.up, sizes.mlp_width, sizes.width, sizes)
-    inner = F.gelu(gate, approximate=sizes.activation) * up
+    inner = geglu(gate, up, sizes.activation)
     return hidden + _linear(inner, layer.down, sizes.width, sizes.mlp_width, sizes)
 
 
-def _rotate(
-    x: Float[Tensor, "token width"],
+def geglu(
+    gate: Float[Tensor, "token inner"], up: Float[Tensor, "token inner"], approximate: str
+) -> Float[Tensor, "token inner"]:
+    """GELU of one half times the other: Shazeer 2020, arXiv:2002.05202."""
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def rotate(
+    query: Float[Tensor, "token width"],
+    key: Float[Tensor, "token kv_width"],
     cosine: Float[Tensor, "token half"],
     sine: Float[Tensor, "token half"],
-) -> Float[Tensor, "token width"]:
+) -> tuple[Float[Tensor, "token width"], Float[Tensor, "token kv_width"]]:
     """Rotary position embedding of each head: Su et al. 2021, arXiv:2104.09864."""
-    halves = x.unflatten(-1, (-1, 2, cosine.shape[-1]))
-    first, second = halves[:, :, 0], halves[:, :, 1]
     cosine, sine = cosine[:, None], sine[:, None]
-    rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=2)
-    return rotated.flatten(1)
+
+    def rotated(x: Tensor) -> Tensor:
+        halves = x.unflatten(-1, (-1, 2, cosine.shape[-1]))
+        first, second = halves[:, :, 0], halves[:, :, 1]
+        turned = [first * cosine - second * sine, second * cosine + first * sine]
+        return torch.stack(turned, dim=2).flatten(1)
+
+    return rotated(query), rotated(key)
 
 
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
