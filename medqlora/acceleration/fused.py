@@ -286,7 +286,11 @@ class FusedBackbone:
         whole = next(self._backbone.parameters()).is_cuda
 
         def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            return torch.compile(function, dynamic=False, fullgraph=whole) if compile else function
+            if not compile:
+                return function
+            # Small kernels that do not need each other become one.
+            options: dict[str, Any] | None = {"combo_kernels": True} if whole else None
+            return torch.compile(function, dynamic=False, fullgraph=whole, options=options)
 
         self._run = compiled(decoder_layer)
         self._attend, self._mlp = compiled(attention_block), compiled(mlp_block)
@@ -591,18 +595,20 @@ class _FoldedLinear(torch.autograd.Function):
                 grad_a = matmul(matmul(grad, lora_b).t(), x)
                 grad_b = matmul(matmul(x, lora_a.t()).t(), grad).t()
             elif x.shape[1] > grad.shape[1]:
-                grad_down = grad @ lora_b
-                down, grad_a = torch.ops.medqlora.lora_gradient(
-                    x, grad_down, lora_a.t().contiguous()
-                )
+                down, grad_a = _gradients(x, grad @ lora_b, lora_a.t().contiguous())
                 grad_a, grad_b = grad_a.t(), grad.t() @ down
             else:
-                down = x @ lora_a.t()
-                grad_down, grad_b = torch.ops.medqlora.lora_gradient(grad, down, lora_b)
+                grad_down, grad_b = _gradients(grad, x @ lora_a.t(), lora_b)
                 grad_a = grad_down.t() @ x
             grad_a = (grad_a * sizes.scaling).to(lora_a.dtype)
             grad_b = (grad_b * sizes.scaling).to(lora_b.dtype)
         return grad_x, grad_a, grad_b, *([None] * 9)
+
+
+def _gradients(wide: Tensor, narrow: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """`wide @ factor` in their type and `wide.T @ narrow` in float32; see `lora_gradient`."""
+    product, gradient = torch.ops.medqlora.lora_gradient(wide, narrow, factor)
+    return product.sum(0).to(wide.dtype), gradient.sum(0)
 
 
 def _weight(

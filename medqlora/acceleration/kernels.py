@@ -3,6 +3,8 @@
 Imported on CUDA only, by `operators`, which says what each function computes, also in plain torch.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -67,6 +69,10 @@ def _effective_weight(
         tl.store(out + rows[:, None] * K + columns[None, :], weight)
 
 
+WEIGHT = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4}
+"""The fastest tile on an H200 (`benchmarks/tune_kernels.py`)."""
+
+
 def effective_weight(
     packed: Tensor,
     absmax: Tensor,
@@ -88,8 +94,8 @@ def effective_weight(
     """See `operators.effective_weight`."""
     shape = (in_features, out_features) if transpose else (out_features, in_features)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    block_n, block_k = 32, max(128, block_size)
-    _effective_weight[(out_features // block_n, in_features // block_k)](
+    tile = {**WEIGHT, "BLOCK_K": max(WEIGHT["BLOCK_K"], block_size)}
+    _effective_weight[(out_features // tile["BLOCK_N"], in_features // tile["BLOCK_K"])](
         packed,
         absmax,
         absmax if absmax_scale is None else absmax_scale,
@@ -104,13 +110,11 @@ def effective_weight(
         out_features,
         in_features,
         RANK=16 if lora_a is None else lora_a.shape[0],
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
         BLOCK=block_size,
         NESTED=absmax_scale is not None,
         FOLD=lora_a is not None,
         TRANSPOSE=transpose,
-        num_warps=4,
+        **tile,
     )
     return out
 
@@ -124,10 +128,10 @@ def _lora_gradient(
     grad_b,
     T,
     N,
+    splits,
     RANK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     row_block, split = tl.program_id(0), tl.program_id(1)
     rows = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -135,8 +139,8 @@ def _lora_gradient(
     there = rows[:, None] < T
     h = tl.load(down + rows[:, None] * RANK + ranks[None, :], mask=there, other=0.0)
     total = tl.zeros((BLOCK_T, RANK), tl.float32)
-    first = split * (N // SPLIT)
-    for i in range(0, N // SPLIT, BLOCK_N):
+    first = split * (N // splits)
+    for i in range(0, N // splits, BLOCK_N):
         columns = first + i + tl.arange(0, BLOCK_N)
         d = tl.load(grad + rows[:, None] * N + columns[None, :], mask=there, other=0.0)
         b = tl.load(lora_b + columns[:, None] * RANK + ranks[None, :])
@@ -146,18 +150,36 @@ def _lora_gradient(
     tl.store(grad_down + (split * T + rows)[:, None] * RANK + ranks[None, :], total, mask=there)
 
 
+LORA = {"BLOCK_T": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+LORA_SHORT = LORA | {"BLOCK_T": 32}
+PROGRAMS, PROGRAMS_LONG = 264, 132
+"""What was the fastest on an H200 (`benchmarks/tune_kernels.py`).
+
+The tile of up to `SHORT` tokens is another; of more than `LONG` the row is shared out over half as
+many programs, which leaves less to be added up.
+"""
+SHORT, LONG = 1024, 8192
+
+
+def lora_parts(num_tokens: int, out_features: int) -> tuple[int, int]:
+    """Sums over tokens and over features that `lora_gradient` leaves to be added up."""
+    tile = LORA if num_tokens > SHORT else LORA_SHORT
+    row_blocks = triton.cdiv(num_tokens, tile["BLOCK_T"])
+    programs = PROGRAMS_LONG if num_tokens > LONG else PROGRAMS
+    splits = max(1, min(out_features // tile["BLOCK_N"], programs // row_blocks))
+    while out_features % (splits * tile["BLOCK_N"]):
+        splits -= 1
+    return row_blocks, splits
+
+
 def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     """See `operators.lora_gradient`."""
     num_tokens, out_features = grad.shape
     rank = lora_b.shape[1]
-    block_t, block_n = (128, 64) if num_tokens > 1024 else (32, 64)
-    row_blocks = triton.cdiv(num_tokens, block_t)
-    split = max(1, min(out_features // block_n, 264 // row_blocks))
-    while out_features % (split * block_n):
-        split -= 1
-    grad_down = torch.empty((split, num_tokens, rank), dtype=torch.float32, device=grad.device)
+    row_blocks, splits = lora_parts(num_tokens, out_features)
+    grad_down = torch.empty((splits, num_tokens, rank), dtype=torch.float32, device=grad.device)
     grad_b = torch.empty((row_blocks, out_features, rank), dtype=torch.float32, device=grad.device)
-    _lora_gradient[(row_blocks, split)](
+    _lora_gradient[(row_blocks, splits)](
         grad,
         down,
         lora_b,
@@ -165,14 +187,11 @@ def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, T
         grad_b,
         num_tokens,
         out_features,
+        splits,
         RANK=rank,
-        BLOCK_T=block_t,
-        BLOCK_N=block_n,
-        SPLIT=split,
-        num_warps=4,
-        num_stages=3,
+        **(LORA if num_tokens > SHORT else LORA_SHORT),
     )
-    return grad_down.sum(0).to(grad.dtype), grad_b.sum(0)
+    return grad_down, grad_b
 
 
 @triton.jit
@@ -185,20 +204,21 @@ def _attention_forward(
     boundaries,
     scale,
     prefix,
+    splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    question, head = tl.program_id(0), tl.program_id(1)
+    question, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
     shared = tl.where(question == 0, 0, prefix)
     width = tl.arange(0, WIDTH)
     q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
     kv_offset = (head // GROUP) * WIDTH
-    for q0 in range(0, length, BLOCK_Q):
+    for q0 in range(split * BLOCK_Q, length, splits * BLOCK_Q):
         q_position = q0 + tl.arange(0, BLOCK_Q)
         q_there = q_position < length
         q_where = (start + q_position)[:, None] * q_stride + head * WIDTH + width[None, :]
@@ -242,20 +262,21 @@ def _attention_backward_query(
     boundaries,
     scale,
     prefix,
+    splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    question, head = tl.program_id(0), tl.program_id(1)
+    question, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
     shared = tl.where(question == 0, 0, prefix)
     width = tl.arange(0, WIDTH)
     q_stride, kv_stride = HEADS * WIDTH, HEADS // GROUP * WIDTH
     kv_offset = (head // GROUP) * WIDTH
-    for q0 in range(0, length, BLOCK_Q):
+    for q0 in range(split * BLOCK_Q, length, splits * BLOCK_Q):
         q_position = q0 + tl.arange(0, BLOCK_Q)
         q_there = q_position < length
         q_rows = start + q_position
@@ -328,6 +349,7 @@ def _attention_backward_key(
     boundaries,
     scale,
     T,
+    splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -337,12 +359,13 @@ def _attention_backward_key(
 ):
     # The query heads of a key head are shared out over PARTS programs, whose sums are added up
     # afterwards.
-    question, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    question, kv_head = tl.program_id(0), tl.program_id(1)
+    part, split = tl.program_id(2) % PARTS, tl.program_id(2) // PARTS
     start = tl.load(boundaries + question)
     length = tl.load(boundaries + question + 1) - start
     width = tl.arange(0, WIDTH)
     kv_stride = HEADS // GROUP * WIDTH
-    for k0 in range(0, length, BLOCK_K):
+    for k0 in range(split * BLOCK_K, length, splits * BLOCK_K):
         k_position = k0 + tl.arange(0, BLOCK_K)
         k_there = k_position < length
         k_where = (start + k_position)[:, None] * kv_stride + kv_head * WIDTH + width[None, :]
@@ -396,14 +419,16 @@ def _attention_backward_prefix(
     T,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Every token behind the prefix has seen all of it; the sums over chunks of tokens are added up
-    # afterwards.
-    chunk, kv_head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Every token behind the prefix has seen all of it; the sums over chunks of tokens, and over the
+    # query heads of a key head in PARTS, are added up afterwards.
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    part, tile = tl.program_id(2) % PARTS, tl.program_id(2) // PARTS
     width = tl.arange(0, WIDTH)
     kv_stride = HEADS // GROUP * WIDTH
     k_rows = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -413,8 +438,8 @@ def _attention_backward_prefix(
     v = tl.load(value + k_where, mask=k_there[:, None], other=0.0)
     grad_k = tl.zeros((BLOCK_K, WIDTH), tl.float32)
     grad_v = tl.zeros((BLOCK_K, WIDTH), tl.float32)
-    for i in range(GROUP):
-        head = kv_head * GROUP + i
+    for i in range(GROUP // PARTS):
+        head = kv_head * GROUP + part * (GROUP // PARTS) + i
         for q0 in range(0, CHUNK, BLOCK_Q):
             q_rows = prefix + chunk * CHUNK + q0 + tl.arange(0, BLOCK_Q)
             q_there = q_rows < T
@@ -437,17 +462,34 @@ def _attention_backward_prefix(
                 HEADS,
                 WIDTH,
             )
-    kv_where = chunk * prefix * kv_stride + k_where
+    kv_where = (chunk * PARTS + part) * prefix * kv_stride + k_where
     tl.store(grad_key + kv_where, grad_k, mask=k_there[:, None])
     tl.store(grad_value + kv_where, grad_v, mask=k_there[:, None])
 
 
-FORWARD = {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+FORWARD = {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 BACKWARD_QUERY = {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-BACKWARD_KEY = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-BACKWARD_PREFIX = {"BLOCK_Q": 32, "BLOCK_K": 16, "CHUNK": 128, "num_warps": 4, "num_stages": 1}
-PARTS = 4
-"""Tile sizes that were the fastest on an H200 for heads of 256 (`benchmarks/tune_attention.py`)."""
+BACKWARD_KEY = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+BACKWARD_PREFIX = {"BLOCK_Q": 32, "BLOCK_K": 16, "CHUNK": 128, "num_warps": 4, "num_stages": 2}
+QUERY_SPLITS, KEY_SPLITS, PARTS, PREFIX_PARTS = 4, 8, 4, 8
+QUERY_SPLITS_LONG, PARTS_LONG = 2, 2
+"""What was the fastest on an H200 for heads of 256 (`benchmarks/tune_kernels.py`).
+
+Splits are programs that share the tiles of a question, so that a long one does not keep all others
+waiting, parts those that share the query heads of a key head. In rows of more than `LONG` tokens,
+with work for every processor, fewer of them cost less.
+"""
+
+
+def _query_splits(num_tokens: int) -> int:
+    return QUERY_SPLITS_LONG if num_tokens > LONG else QUERY_SPLITS
+
+
+def key_parts(num_tokens: int, group: int, prefix: int) -> tuple[int, int]:
+    """Sums that the gradients of keys and of the prefix's keys are left in, to be added up."""
+    chunks = triton.cdiv(num_tokens - prefix, BACKWARD_PREFIX["CHUNK"]) if prefix else 0
+    parts = PARTS_LONG if num_tokens > LONG else PARTS
+    return math.gcd(parts, group), math.gcd(PREFIX_PARTS, group) * chunks
 
 
 def question_attention(
@@ -462,7 +504,8 @@ def question_attention(
     """See `operators.question_attention`."""
     out = torch.empty_like(query)
     log_sum = torch.empty((query.shape[0], num_heads), dtype=torch.float32, device=query.device)
-    _attention_forward[(boundaries.numel() - 1, num_heads)](
+    splits = _query_splits(query.shape[0])
+    _attention_forward[(boundaries.numel() - 1, num_heads, splits)](
         query,
         key,
         value,
@@ -471,6 +514,7 @@ def question_attention(
         boundaries,
         scale,
         prefix,
+        splits,
         HEADS=num_heads,
         GROUP=query.shape[1] // key.shape[1],
         WIDTH=query.shape[1] // num_heads,
@@ -492,14 +536,17 @@ def question_attention_backward(
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `operators.question_attention_backward`."""
+    num_tokens, group = query.shape[0], query.shape[1] // key.shape[1]
+    parts, prefix_sums = key_parts(num_tokens, group, prefix)
     grad_query = torch.empty_like(query)
     delta = torch.empty_like(log_sum)
-    group, width = query.shape[1] // key.shape[1], query.shape[1] // num_heads
-    parts = PARTS if group % PARTS == 0 else 1
-    grad_key = torch.empty((parts, *key.shape), dtype=torch.float32, device=key.device)
-    grad_value = torch.empty_like(grad_key)
-    num_questions = boundaries.numel() - 1
-    _attention_backward_query[(num_questions, num_heads)](
+    of_keys = torch.empty((2, parts, *key.shape), dtype=torch.float32, device=key.device)
+    shape = (2, prefix_sums, prefix, key.shape[1])
+    of_prefix = torch.empty(shape, dtype=torch.float32, device=key.device)
+    splits = _query_splits(num_tokens)
+    num_questions, kv_heads = boundaries.numel() - 1, num_heads // group
+    sizes = {"HEADS": num_heads, "GROUP": group, "WIDTH": query.shape[1] // num_heads}
+    _attention_backward_query[(num_questions, num_heads, splits)](
         query,
         key,
         value,
@@ -511,52 +558,42 @@ def question_attention_backward(
         boundaries,
         scale,
         prefix,
-        HEADS=num_heads,
-        GROUP=group,
-        WIDTH=width,
+        splits,
+        **sizes,
         **BACKWARD_QUERY,
     )
-    _attention_backward_key[(num_questions, num_heads // group, parts)](
+    _attention_backward_key[(num_questions, kv_heads, parts * KEY_SPLITS)](
         query,
         key,
         value,
         grad_out,
         log_sum,
         delta,
-        grad_key,
-        grad_value,
+        *of_keys,
         boundaries,
         scale,
-        query.shape[0],
-        HEADS=num_heads,
-        GROUP=group,
+        num_tokens,
+        KEY_SPLITS,
         PARTS=parts,
-        WIDTH=width,
+        **sizes,
         **BACKWARD_KEY,
     )
-    grad_key, grad_value = grad_key.sum(0), grad_value.sum(0)
     if prefix:
-        chunks = triton.cdiv(query.shape[0] - prefix, BACKWARD_PREFIX["CHUNK"])
-        shape = (chunks, prefix, key.shape[1])
-        from_all = torch.empty((2, *shape), dtype=torch.float32, device=key.device)
+        prefix_parts = math.gcd(PREFIX_PARTS, group)
         tiles = triton.cdiv(prefix, BACKWARD_PREFIX["BLOCK_K"])
-        _attention_backward_prefix[(chunks, num_heads // group, tiles)](
+        _attention_backward_prefix[(prefix_sums // prefix_parts, kv_heads, tiles * prefix_parts)](
             query,
             key,
             value,
             grad_out,
             log_sum,
             delta,
-            from_all[0],
-            from_all[1],
+            *of_prefix,
             scale,
             prefix,
-            query.shape[0],
-            HEADS=num_heads,
-            GROUP=group,
-            WIDTH=width,
+            num_tokens,
+            PARTS=prefix_parts,
+            **sizes,
             **BACKWARD_PREFIX,
         )
-        grad_key[:prefix] += from_all[0].sum(0)
-        grad_value[:prefix] += from_all[1].sum(0)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+    return grad_query, of_keys, of_prefix

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -164,7 +165,8 @@ def _(
 def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     """`grad @ lora_b` and `grad.T @ down` in one pass over `grad`, the largest tensor of the step.
 
-    Sums run in a fixed order, so that the same inputs give the same bits. Where a layer's input is
+    Both are left in parts to be added up, where the compiler adds what follows; in a fixed order,
+    so that the same inputs give the same bits. Where a layer's input is
     wider than its output, the input stands for `grad`, the gradient of `down` for `down` and
     `lora_a.T` for `lora_b`; the results are `down` and the gradient of `lora_a.T`.
 
@@ -174,19 +176,21 @@ def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, T
         lora_b: (out_features, rank).
 
     Returns:
-        Gradient of `down`, (token, rank), in the type of `grad`, and of `lora_b` in float32, both
-        without the adapter's scaling.
+        Gradients of `down`, (part, token, rank), and of `lora_b`, (part, out_features, rank), in
+        float32, both without the adapter's scaling.
     """
     if grad.is_cuda:
         return _kernels().lora_gradient(grad, down, lora_b)
-    return (grad.float() @ lora_b.float()).to(grad.dtype), grad.float().t() @ down.float()
+    grad, down, lora_b = grad.float(), down.float(), lora_b.float()
+    return (grad @ lora_b)[None], (grad.t() @ down)[None]
 
 
 @lora_gradient.register_fake
 def _(grad, down, lora_b):
+    rows, columns = _kernels().lora_parts(*grad.shape) if grad.is_cuda else (1, 1)
     return (
-        torch.empty((grad.shape[0], lora_b.shape[1]), dtype=grad.dtype, device=grad.device),
-        torch.empty(lora_b.shape, dtype=torch.float32, device=grad.device),
+        torch.empty((columns, *down.shape), dtype=torch.float32, device=grad.device),
+        torch.empty((rows, *lora_b.shape), dtype=torch.float32, device=grad.device),
     )
 
 
@@ -253,7 +257,13 @@ def question_attention_backward(
     scale: float,
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `question_attention` for query, key and value, summed in a fixed order."""
+    """Gradients of `question_attention` for query, key and value, in a fixed order.
+
+    Returns:
+        The gradient of the query; those of key and value, (2, part, token, kv_head * width) in
+        float32, whose parts are to be added up; and what the prefix adds to them, (2, part, prefix,
+        kv_head * width), likewise.
+    """
     if grad_out.is_cuda:
         return _kernels().question_attention_backward(
             grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale, prefix
@@ -263,16 +273,28 @@ def question_attention_backward(
     grad, q, k, v, o = (_heads(t, query, num_heads) for t in (grad_out, query, key, value, out))
     grad_scores = shares * (grad @ v.mT - (grad * o).sum(-1, keepdim=True)) * scale
     group = query.shape[1] // key.shape[1]
-    grad_key, grad_value = (
-        _tokens(t.unflatten(0, (-1, group)).sum(1)) for t in (grad_scores.mT @ q, shares.mT @ grad)
+    of_keys = torch.stack(
+        [
+            _tokens(t.unflatten(0, (-1, group)).sum(1))
+            for t in (grad_scores.mT @ q, shares.mT @ grad)
+        ]
     )
-    grad_query = _tokens(grad_scores @ k)
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    of_prefix = of_keys.new_zeros(2, min(prefix, 1), prefix, key.shape[1])
+    return _tokens(grad_scores @ k).to(query.dtype), of_keys[:, None], of_prefix
 
 
 @question_attention_backward.register_fake
 def _(grad_out, query, key, value, out, log_sum, boundaries, num_heads, scale, prefix):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    parts, prefix_parts = 1, min(prefix, 1)
+    if query.is_cuda:
+        group = query.shape[1] // key.shape[1]
+        parts, prefix_parts = _kernels().key_parts(query.shape[0], group, prefix)
+    of_keys = torch.empty((2, parts, *key.shape), dtype=torch.float32, device=key.device)
+    return (
+        torch.empty_like(query),
+        of_keys,
+        of_keys.new_empty(2, prefix_parts, prefix, key.shape[1]),
+    )
 
 
 def _keep(ctx, inputs, output):
@@ -283,10 +305,14 @@ def _keep(ctx, inputs, output):
 
 def _attention_gradient(ctx, grad_out, grad_log_sum):
     *saved, boundaries = ctx.saved_tensors
-    grads = torch.ops.medqlora.question_attention_backward(
+    key, prefix = saved[1], ctx.fixed[-1]
+    grad_query, of_keys, of_prefix = torch.ops.medqlora.question_attention_backward(
         grad_out.contiguous(), *saved, boundaries, *ctx.fixed
     )
-    return (*grads, None, None, None, None)
+    both = of_keys.sum(1)
+    if prefix:
+        both = both + F.pad(of_prefix.sum(1), (0, 0, 0, key.shape[0] - prefix))
+    return (grad_query, *both.to(key.dtype), None, None, None, None)
 
 
 question_attention.register_autograd(_attention_gradient, setup_context=_keep)

@@ -382,7 +382,7 @@ def test_the_effective_weight_is_what_bitsandbytes_reads_plus_the_adapter(
 def test_the_gradients_of_the_adapter_are_its_products():
     torch.manual_seed(0)
     grad, down, b = torch.randn(50, 128), torch.randn(50, 16), torch.randn(128, 16)
-    grad_down, grad_b = operators.lora_gradient(grad, down, b)
+    grad_down, grad_b = (parts.sum(0) for parts in operators.lora_gradient(grad, down, b))
     assert relative(grad_down, grad.double() @ b.double()) < 1e-5
     assert relative(grad_b, grad.double().t() @ down.double()) < 1e-5
     torch.library.opcheck(operators.lora_gradient, (grad.bfloat16(), down.bfloat16(), b.bfloat16()))
