@@ -41,11 +41,11 @@ PREFIXES = tiles(ATTENTION, (32, 16, 4, 1), (32, 16, 4, 2), (64, 16, 4, 1), (64,
 LORA = tiles(
     ("BLOCK_T", "BLOCK_N", "num_warps", "num_stages"),
     (128, 64, 4, 3),
-    (128, 128, 4, 3),
+    (128, 64, 8, 3),
     (128, 128, 8, 3),
     (256, 64, 8, 3),
     (256, 128, 8, 2),
-    (512, 32, 8, 3),
+    (512, 64, 8, 2),
 )
 WEIGHTS = tiles(
     ("BLOCK_N", "BLOCK_K", "num_warps"),
@@ -73,7 +73,7 @@ def settings(kind: str) -> Iterator[Settings]:
         yield from ({"WEIGHT": tile} for tile in WEIGHTS)
     else:
         for tile, programs in itertools.product(LORA, (132, 264, 528)):
-            yield {"LORA": tile, "PROGRAMS": programs, "PROGRAMS_LONG": programs}
+            yield {"LORA": tile, "PROGRAMS": programs}
 
 
 def numbers(*size: int) -> Tensor:

@@ -286,11 +286,7 @@ class FusedBackbone:
         whole = next(self._backbone.parameters()).is_cuda
 
         def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            if not compile:
-                return function
-            # Small kernels that do not need each other become one.
-            options: dict[str, Any] | None = {"combo_kernels": True} if whole else None
-            return torch.compile(function, dynamic=False, fullgraph=whole, options=options)
+            return torch.compile(function, dynamic=False, fullgraph=whole) if compile else function
 
         self._run = compiled(decoder_layer)
         self._attend, self._mlp = compiled(attention_block), compiled(mlp_block)

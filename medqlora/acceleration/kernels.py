@@ -134,15 +134,17 @@ def _lora_gradient(
     BLOCK_N: tl.constexpr,
 ):
     row_block, split = tl.program_id(0), tl.program_id(1)
-    rows = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
-    ranks = tl.arange(0, RANK)
+    row, ranks = tl.arange(0, BLOCK_T), tl.arange(0, RANK)
+    rows = row_block * BLOCK_T + row
     there = rows[:, None] < T
+    grad += (row_block * BLOCK_T).to(tl.int64) * N
     h = tl.load(down + rows[:, None] * RANK + ranks[None, :], mask=there, other=0.0)
     total = tl.zeros((BLOCK_T, RANK), tl.float32)
-    first = split * (N // splits)
+    # Without being told, the compiler would load one number at a time.
+    first = tl.multiple_of(split * (N // splits), BLOCK_N)
     for i in range(0, N // splits, BLOCK_N):
         columns = first + i + tl.arange(0, BLOCK_N)
-        d = tl.load(grad + rows[:, None] * N + columns[None, :], mask=there, other=0.0)
+        d = tl.load(grad + row[:, None] * N + columns[None, :], mask=there, other=0.0)
         b = tl.load(lora_b + columns[:, None] * RANK + ranks[None, :])
         total += tl.dot(d, b)
         partial = tl.dot(tl.trans(d), h)
@@ -150,23 +152,21 @@ def _lora_gradient(
     tl.store(grad_down + (split * T + rows)[:, None] * RANK + ranks[None, :], total, mask=there)
 
 
-LORA = {"BLOCK_T": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-LORA_SHORT = LORA | {"BLOCK_T": 32}
-PROGRAMS, PROGRAMS_LONG = 264, 132
-"""What was the fastest on an H200 (`benchmarks/tune_kernels.py`).
+SHORT = 1024
+LORA = {"BLOCK_T": 256, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+LORA_SHORT = {"BLOCK_T": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+PROGRAMS = 132
+"""What was the fastest on an H200 (`benchmarks/tune_kernels.py`); up to `SHORT` tokens another.
 
-The tile of up to `SHORT` tokens is another; of more than `LONG` the row is shared out over half as
-many programs, which leaves less to be added up.
+More programs than processors leave more to be added up.
 """
-SHORT, LONG = 1024, 8192
 
 
 def lora_parts(num_tokens: int, out_features: int) -> tuple[int, int]:
     """Sums over tokens and over features that `lora_gradient` leaves to be added up."""
     tile = LORA if num_tokens > SHORT else LORA_SHORT
     row_blocks = triton.cdiv(num_tokens, tile["BLOCK_T"])
-    programs = PROGRAMS_LONG if num_tokens > LONG else PROGRAMS
-    splits = max(1, min(out_features // tile["BLOCK_N"], programs // row_blocks))
+    splits = max(1, min(out_features // tile["BLOCK_N"], PROGRAMS // row_blocks))
     while out_features % (splits * tile["BLOCK_N"]):
         splits -= 1
     return row_blocks, splits
@@ -472,6 +472,7 @@ BACKWARD_QUERY = {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
 BACKWARD_KEY = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 BACKWARD_PREFIX = {"BLOCK_Q": 32, "BLOCK_K": 16, "CHUNK": 128, "num_warps": 4, "num_stages": 2}
 QUERY_SPLITS, KEY_SPLITS, PARTS, PREFIX_PARTS = 4, 8, 4, 8
+LONG = 8192
 QUERY_SPLITS_LONG, PARTS_LONG = 2, 2
 """What was the fastest on an H200 for heads of 256 (`benchmarks/tune_kernels.py`).
 
