@@ -14,8 +14,10 @@ see the same questions. Each rate is the best of three passes behind a warm-up, 
 turns; both run with one thread and with two, the better one counts for each. "products" is the
 base's matrix products over the same rows and nothing else, forward for scoring, forward and the
 gradient of the input for training; "bound" with those of the adapter's gradients and of attention,
-without norms, GELU, rotation, residuals, unpacking, layout and optimiser. Overrides of Hydra are
-for ours and the types of all.
+without norms, GELU, rotation, residuals, unpacking, layout and optimiser; "roof" with the same
+operations at the rate of a product of large square matrices, attention without padding, so that no
+code is faster on this processor in this arithmetic. Overrides of Hydra are for ours and the types
+of all.
 `--vocabulary` gives the bundled model as many words as it says, the new ones random: Gemma has
 256,000.
 """
@@ -49,6 +51,7 @@ from medqlora.quantization import load_base
 from medqlora.schema import LETTERS, PackedBatch, Question
 
 BATCH, PASSES, SCORED_TOKENS = 8, 3, 4096
+SQUARES, SIDE = 8, 1024
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -173,6 +176,32 @@ def bound(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[
     }
 
 
+def operations(backbone: Any, rows: list[PackedBatch], rank: int, *, backward: bool) -> float:
+    """Multiplications and additions of all that `bound` multiplies, attention without padding."""
+    total, config = 0.0, backbone.config
+    for row in rows:
+        for x, weight, _, lora_a, lora_b in linears(backbone, row, rank, torch.float32):
+            product = 2 * len(x) * weight.numel()
+            adapter = 4 * len(x) * (lora_a.numel() + lora_b.numel())
+            total += 2 * product + adapter if backward else product
+        lengths = (row.cu_seqlens.diff() + row.prefix_length)[: row.num_questions].double()
+        pairs = float((lengths * (lengths + 1) / 2).sum()) * config.num_attention_heads
+        products = 6 if backward else 2
+        total += 2 * products * pairs * config.head_dim * config.num_hidden_layers
+    return total
+
+
+def square_products(dtype: torch.dtype) -> Callable[[], None]:
+    """`SQUARES` products of matrices of `SIDE` by `SIDE`: what the processor reaches at best."""
+    a, b = numbers(dtype, (SIDE, SIDE), (SIDE, SIDE))
+
+    def act() -> None:
+        for _ in range(SQUARES):
+            matmul(a, b.t())
+
+    return act
+
+
 def numbers(dtype: torch.dtype, *sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Random tensors."""
     return tuple(torch.randn(size).to(dtype) for size in sizes)
@@ -293,9 +322,18 @@ def main() -> None:
             for what, act in make(cfg, questions, data).items()
         }
         acts |= bound(cfg, questions, data)
+        acts["square products"] = square_products(getattr(torch, cfg.quant.compute_dtype))
         result |= best_rates(acts, len(questions))
+        backbone, rows = find_backbone(pipeline.build_base(cfg)), rows_of(data, questions)
+    passes = max(result.pop("square products").values()) / len(questions)
+    result["GFLOP/s of square products"] = round(passes * SQUARES * 2 * SIDE**3 / 1e9)
+    for what in rows:
+        backward, rank = what == "training", int(cfg.peft.r)
+        count = operations(backbone, rows[what], rank, backward=backward) / len(questions)
+        best = 1e9 * result["GFLOP/s of square products"] / count
+        result[f"roof {what}"] = {"any threads": round(best, 1)}
     for what in ("training", "scoring"):
-        names = ("plain", "ours", "products", "bound")
+        names = ("plain", "ours", "products", "bound", "roof")
         rates = {name: max(result[f"{name} {what}"].values()) for name in names}
         for name in names[1:]:
             result[f"{what} ratio of {name}"] = round(rates[name] / rates["plain"], 1)
