@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from medqlora.errors import ModelError
@@ -189,7 +190,7 @@ def _padded(
     if query.device.type == "cpu":
         # In 16 bit the backward pass takes ten times as long there.
         query, key, value = query.float(), key.float(), value.float()
-    layout = _Layout.of(cu_seqlens, prefix_length)
+    layout = _layout_of(cu_seqlens, prefix_length)  # pyright: ignore[reportCallIssue]
     sizes = [num_lines * length for num_lines, length in layout.shapes]
     queries, keys, values = (_Spread.apply(t, layout).split(sizes) for t in (query, key, value))
     attended = []
@@ -284,6 +285,21 @@ class _Layout(NamedTuple):
         place = torch.cat([first[0], torch.empty_like(places)])
         place[tokens[places]] = places
         return cls(shapes, tokens, place, first)
+
+
+_LAYOUTS = WeakTensorKeyDictionary()
+
+
+@torch.compiler.disable
+def _layout_of(cu_seqlens: Int[Tensor, " boundary"], prefix_length: int) -> _Layout:
+    """That of a row, kept as long as its boundaries are there: all layers share it."""
+    if cu_seqlens.is_inference():  # whose changes nobody counts
+        return _Layout.of(cu_seqlens, prefix_length)
+    made_for = cu_seqlens._version, prefix_length, torch.is_inference_mode_enabled()
+    known = _LAYOUTS.get(cu_seqlens)
+    if known is None or known[0] != made_for:
+        known = _LAYOUTS[cu_seqlens] = (made_for, _Layout.of(cu_seqlens, prefix_length))
+    return known[1]
 
 
 class _Spread(torch.autograd.Function):

@@ -506,7 +506,16 @@ def mlp_block(
 def geglu(
     gate: Float[Tensor, "token inner"], up: Float[Tensor, "token inner"], approximate: str
 ) -> Float[Tensor, "token inner"]:
-    """GELU of one half times the other: Shazeer 2020, arXiv:2002.05202."""
+    """GELU of one half times the other: Shazeer 2020, arXiv:2002.05202.
+
+    In float32 on the CPU, where nothing is learned, its approximation by tanh is written with a
+    sigmoid, which is the same function in a third of the time.
+    """
+    plain = gate.device.type == "cpu" and gate.dtype == torch.float32 and approximate == "tanh"
+    if plain and not torch.is_grad_enabled():
+        slope = gate.new_tensor(2 * math.sqrt(2 / math.pi))
+        share = torch.addcmul(slope, gate, gate, value=0.044715 * float(slope))
+        return share.mul_(gate).sigmoid_().mul_(gate).mul_(up)
     return F.gelu(gate, approximate=approximate) * up
 
 

@@ -45,6 +45,26 @@ def test_each_question_attends_to_itself_only(scale):
     torch.testing.assert_close(out, one_by_one(query, key, value, scale), rtol=1e-5, atol=1e-6)
 
 
+def test_boundaries_that_change_or_fall_to_another_prefix_are_laid_out_again():
+    boundaries, (query, key, value) = CU.clone(), qkv()
+
+    def attended(boundaries, prefix=0):
+        return packed_attention(query, key, value, boundaries, max_length=9, prefix_length=prefix)
+
+    first = attended(boundaries)
+    assert torch.equal(attended(boundaries), first)
+    boundaries[1] = 4
+    assert torch.equal(attended(boundaries), attended(boundaries.clone()))
+    assert not torch.equal(attended(boundaries), first)
+    boundaries[0] = 2
+    assert torch.equal(attended(boundaries, 2), attended(boundaries.clone(), 2))
+    with torch.inference_mode():
+        there = boundaries.clone()
+        before = attended(there, 2)
+        there[1] = 5
+        assert not torch.equal(attended(there, 2), before)
+
+
 def test_gradients_equal_those_of_the_definition():
     packed, single = qkv(requires_grad=True), qkv(requires_grad=True)
     weight = torch.linspace(-1, 1, 20 * 4 * 8).view(20, 4, 8)

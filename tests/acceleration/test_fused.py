@@ -31,6 +31,7 @@ from medqlora.acceleration import (
 from medqlora.acceleration.fused import (
     FusedBackbone,
     enable_fused,
+    geglu,
     why_no_kernels,
     why_not_fused,
     why_other_layers,
@@ -386,6 +387,13 @@ def test_the_gradients_of_the_adapter_are_its_products():
     assert relative(grad_down, grad.double() @ b.double()) < 1e-5
     assert relative(grad_b, grad.double().t() @ down.double()) < 1e-5
     torch.library.opcheck(operators.lora_gradient, (grad.bfloat16(), down.bfloat16(), b.bfloat16()))
+
+
+def test_geglu_is_the_same_where_nothing_is_learned():
+    gate, up = 3 * torch.randn(2, 37, 64)
+    with torch.no_grad():
+        scored = geglu(gate.clone(), up.clone(), "tanh")
+    torch.testing.assert_close(scored, F.gelu(gate, approximate="tanh") * up, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("one_dnn", [False, torch.backends.mkldnn.is_available()])
