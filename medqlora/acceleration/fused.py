@@ -513,8 +513,8 @@ def geglu(
     """
     plain = gate.device.type == "cpu" and gate.dtype == torch.float32 and approximate == "tanh"
     if plain and not torch.is_grad_enabled():
-        slope = gate.new_tensor(2 * math.sqrt(2 / math.pi))
-        share = torch.addcmul(slope, gate, gate, value=0.044715 * float(slope))
+        slope = 2 * math.sqrt(2 / math.pi)
+        share = torch.addcmul(gate.new_full((), slope), gate, gate, value=0.044715 * slope)
         return share.mul_(gate).sigmoid_().mul_(gate).mul_(up)
     return F.gelu(gate, approximate=approximate) * up
 
