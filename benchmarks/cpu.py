@@ -15,8 +15,8 @@ turns; both run with one thread and with two, the better one counts for each. "p
 base's matrix products over the same rows and nothing else, forward for scoring, forward and the
 gradient of the input for training; "bound" with those of the adapter's gradients and of attention,
 without norms, GELU, rotation, residuals, unpacking, layout and optimiser; "roof" with the same
-operations at the rate of a product of large square matrices, attention without padding, so that no
-code is faster on this processor in this arithmetic. Overrides of Hydra are for ours and the types
+operations at the rate of a product of large square matrices, attention without padding: near the
+most that the processor can do in this arithmetic. Overrides of Hydra are for ours and the types
 of all.
 `--vocabulary` gives the bundled model as many words as it says, the new ones random: Gemma has
 256,000.
@@ -146,18 +146,18 @@ def rows_of(data: MedMCQADataModule, questions: list[Question]) -> dict[str, lis
     return rows
 
 
-def bound(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[str, Callable]:
+def bound(
+    backbone: Any, rows: dict[str, list[PackedBatch]], rank: int, dtype: torch.dtype
+) -> dict[str, Callable]:
     """The products that ours is made of, on random numbers that lie as the products want them.
 
     Those of the base, its weights already unpacked; then with those of the adapter's gradients and
     attention as products and softmax of padded questions.
     """
-    rows, backbone = rows_of(data, questions), find_backbone(pipeline.build_base(cfg))
-    dtype, rank = getattr(torch, cfg.quant.compute_dtype), int(cfg.peft.r)
 
     def acted(kind: str, *, all_of_it: bool) -> Callable[[], None]:
         backward = kind == "training"
-        multiplied = list(linears(backbone, rows[kind][0], rank, dtype))
+        multiplied = [numbers(dtype, *sizes) for sizes in linears(backbone, rows[kind][0], rank)]
         attended = [padded_questions(backbone, row, dtype) for row in rows[kind]]
 
         @torch.no_grad()
@@ -180,9 +180,9 @@ def operations(backbone: Any, rows: list[PackedBatch], rank: int, *, backward: b
     """Multiplications and additions of all that `bound` multiplies, attention without padding."""
     total, config = 0.0, backbone.config
     for row in rows:
-        for x, weight, _, lora_a, lora_b in linears(backbone, row, rank, torch.float32):
-            product = 2 * len(x) * weight.numel()
-            adapter = 4 * len(x) * (lora_a.numel() + lora_b.numel())
+        for (tokens, inner), (out, _), *_ in linears(backbone, row, rank):
+            product = 2 * tokens * inner * out
+            adapter = 4 * tokens * rank * (inner + out)
             total += 2 * product + adapter if backward else product
         lengths = (row.cu_seqlens.diff() + row.prefix_length)[: row.num_questions].double()
         pairs = float((lengths * (lengths + 1) / 2).sum()) * config.num_attention_heads
@@ -207,10 +207,8 @@ def numbers(dtype: torch.dtype, *sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.randn(size).to(dtype) for size in sizes)
 
 
-def linears(
-    backbone: Any, row: PackedBatch, rank: int, dtype: torch.dtype
-) -> Iterator[tuple[Tensor, ...]]:
-    """Of each linear layer: input, weight, the output's gradient, and the adapter's two factors.
+def linears(backbone: Any, row: PackedBatch, rank: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Of each linear layer: sizes of input, weight, output's gradient, and the adapter's factors.
 
     As in ours the last layer computes scored tokens only, once its keys and values are there.
     """
@@ -220,8 +218,7 @@ def linears(
                 behind = layer is backbone.layers[-1] and kind[0] not in "qkv"
                 tokens = len(row.last if behind else row.input_ids)
                 out, inner = module.out_features, module.in_features
-                sizes = (tokens, inner), (out, inner), (tokens, out), (rank, inner), (out, rank)
-                yield numbers(dtype, *sizes)
+                yield (tokens, inner), (out, inner), (tokens, out), (rank, inner), (out, rank)
 
 
 def padded_questions(
@@ -321,15 +318,16 @@ def main() -> None:
             for name, make in (("plain", plain), ("ours", ours))
             for what, act in make(cfg, questions, data).items()
         }
-        acts |= bound(cfg, questions, data)
-        acts["square products"] = square_products(getattr(torch, cfg.quant.compute_dtype))
-        result |= best_rates(acts, len(questions))
         backbone, rows = find_backbone(pipeline.build_base(cfg)), rows_of(data, questions)
+        rank, dtype = int(cfg.peft.r), getattr(torch, cfg.quant.compute_dtype)
+        acts |= bound(backbone, rows, rank, dtype)
+        acts["square products"] = square_products(dtype)
+        result |= best_rates(acts, len(questions))
     passes = max(result.pop("square products").values()) / len(questions)
     result["GFLOP/s of square products"] = round(passes * SQUARES * 2 * SIDE**3 / 1e9)
     for what in rows:
-        backward, rank = what == "training", int(cfg.peft.r)
-        count = operations(backbone, rows[what], rank, backward=backward) / len(questions)
+        count = operations(backbone, rows[what], rank, backward=what == "training")
+        count /= len(questions)
         best = 1e9 * result["GFLOP/s of square products"] / count
         result[f"roof {what}"] = {"any threads": round(best, 1)}
     for what in ("training", "scoring"):

@@ -5,10 +5,10 @@
 
 Needs CUDA and `pip install liger-kernel`. `pieces` times Gemma's norm, a residual with the norm
 behind it, GEGLU and the rotation of queries and keys, forward and with the way back, at 2,048 and
-16,384 tokens, each recorded as a CUDA graph, so that nobody waits for launches; GB/s count
-what must be read and written, each tensor once. `steps` trains
-the random Gemma-2B of fast_path.py with one of Liger's in the place of ours, and with neighbouring
-kernels joined by Inductor ("combo"). Each line `RESULT {json}`.
+16,384 tokens, each recorded as a CUDA graph, so that nobody waits for launches; GB/s count what
+must be read and written, each tensor once. `steps` trains the random Gemma-2B of fast_path.py with
+one of Liger's in the place of ours, and with neighbouring kernels joined by Inductor ("combo").
+Each line `RESULT {json}`.
 """
 
 from __future__ import annotations

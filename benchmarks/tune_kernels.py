@@ -150,7 +150,7 @@ def main() -> None:
 def tune(kind: str, acts: dict[str, Callable[[], Any]]) -> None:
     """Print microseconds of the best settings of one kind, and of those in force, first."""
     before = dict(vars(kernels))
-    found: list[tuple[float, dict[str, float], Settings]] = []
+    found: list[tuple[dict[str, float], Settings]] = []
     for chosen in [{}, *settings(kind)]:
         vars(kernels).update({**before, **chosen})
         try:
@@ -164,11 +164,10 @@ def tune(kind: str, acts: dict[str, Callable[[], Any]]) -> None:
         if not chosen:
             print(f"{kind} {times} now", flush=True)
             continue
-        found.append((sum(times.values()), times, chosen))
-    for name in [None, *acts]:
-        best = sorted(found, key=lambda one: one[1][name] if name else one[0])
-        for _, times, chosen in best[:3]:
-            print(f"{kind} {times} {chosen}" + (f" for {name}" if name else ""), flush=True)
+        found.append((times | {"all": sum(times.values())}, chosen))
+    for name in (*acts, "all"):
+        for times, chosen in sorted(found, key=lambda one: one[0][name])[:3]:
+            print(f"{kind}, {name}: {times} {chosen}", flush=True)
     vars(kernels).update(before)
 
 

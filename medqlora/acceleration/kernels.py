@@ -162,9 +162,13 @@ More programs than processors leave more to be added up.
 """
 
 
+def _lora_tile(num_tokens: int) -> dict[str, int]:
+    return LORA if num_tokens > SHORT else LORA_SHORT
+
+
 def lora_parts(num_tokens: int, out_features: int) -> tuple[int, int]:
     """Sums over tokens and over features that `lora_gradient` leaves to be added up."""
-    tile = LORA if num_tokens > SHORT else LORA_SHORT
+    tile = _lora_tile(num_tokens)
     row_blocks = triton.cdiv(num_tokens, tile["BLOCK_T"])
     splits = max(1, min(out_features // tile["BLOCK_N"], PROGRAMS // row_blocks))
     while out_features % (splits * tile["BLOCK_N"]):
@@ -189,7 +193,7 @@ def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, T
         out_features,
         splits,
         RANK=rank,
-        **(LORA if num_tokens > SHORT else LORA_SHORT),
+        **_lora_tile(num_tokens),
     )
     return grad_down, grad_b
 
@@ -486,6 +490,11 @@ def _query_splits(num_tokens: int) -> int:
     return QUERY_SPLITS_LONG if num_tokens > LONG else QUERY_SPLITS
 
 
+def _heads(query: Tensor, key: Tensor, num_heads: int) -> dict[str, int]:
+    group, width = query.shape[1] // key.shape[1], query.shape[1] // num_heads
+    return {"HEADS": num_heads, "GROUP": group, "WIDTH": width}
+
+
 def key_parts(num_tokens: int, group: int, prefix: int) -> tuple[int, int]:
     """Sums that the gradients of keys and of the prefix's keys are left in, to be added up."""
     chunks = triton.cdiv(num_tokens - prefix, BACKWARD_PREFIX["CHUNK"]) if prefix else 0
@@ -516,9 +525,7 @@ def question_attention(
         scale,
         prefix,
         splits,
-        HEADS=num_heads,
-        GROUP=query.shape[1] // key.shape[1],
-        WIDTH=query.shape[1] // num_heads,
+        **_heads(query, key, num_heads),
         **FORWARD,
     )
     return out, log_sum
@@ -546,7 +553,7 @@ def question_attention_backward(
     of_prefix = torch.empty(shape, dtype=torch.float32, device=key.device)
     splits = _query_splits(num_tokens)
     num_questions, kv_heads = boundaries.numel() - 1, num_heads // group
-    sizes = {"HEADS": num_heads, "GROUP": group, "WIDTH": query.shape[1] // num_heads}
+    sizes = _heads(query, key, num_heads)
     _attention_backward_query[(num_questions, num_heads, splits)](
         query,
         key,
