@@ -6,6 +6,7 @@ python -m medqlora.audit data=files data.test_file=mine.jsonl
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -74,16 +75,16 @@ def audit(cfg: DictConfig, run_dir: Path) -> AuditReport:
 
 
 def _datamodule(cfg: DictConfig) -> MedMCQADataModule:
-    data: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
-    if data.get("token_budget") == "auto":
-        data["token_budget"] = 2048  # rows are not packed here
+    cfg = copy.deepcopy(cfg)
+    if cfg.data.get("token_budget") == "auto":
+        cfg.data.token_budget = 2048  # rows are not packed here
     try:
         tokenizer = load_tokenizer(cfg.model.path, cfg.model.get("revision"))
     except ModelError as error:
         log.warning("lengths in tokens are left out: %s", error)
         tokenizer = None
     datamodule = pipeline.make(
-        data, tokenizer=tokenizer, prompt=pipeline.make(cfg.prompt), seed=cfg.seed
+        cfg.data, tokenizer=tokenizer, prompt=pipeline.make(cfg.prompt), seed=cfg.seed
     )
     assert isinstance(datamodule, MedMCQADataModule)
     return datamodule

@@ -8,6 +8,7 @@ instead.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import gc
 import hashlib
 import logging
@@ -17,8 +18,9 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,9 +30,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medqlora import foreign, processes
-from medqlora.config import CONFIG_DIR
+from medqlora.config import CONFIG_DIR, compose
 from medqlora.errors import ConfigError, MedQLoRAError
 from medqlora.masking import MaskingFormatter, mask
+from medqlora.options import check_others
 
 log = logging.getLogger("medqlora")
 
@@ -99,6 +102,7 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 if _keeps_log():
                     _log_to(run_dir / f"{config_name}.log")
                 try:
+                    check_others(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
                     if is_worker and _wants_gpu(cfg):
                         processes.take_gpu()
                     task(cfg, run_dir)
@@ -139,7 +143,7 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 if show_traceback:
                     raise
                 if not exit_codes:
-                    exit_codes.append(_report(error))
+                    exit_codes.append(_report(_unknown_key(error, config_name) or error))
             except OSError as error:  # the folder's or its log's: a job reports its own
                 if show_traceback:
                     raise
@@ -265,6 +269,7 @@ def one_line(error: BaseException) -> str:
     """The message of an exception on a single line, its type named where it was not foreseen."""
     message = ", ".join(line.strip() for line in mask(str(error)).splitlines() if line.strip())
     message = message.replace(":, ", ": ")
+    message = message.partition(", Config search path:")[0]  # of Hydra, behind what can be chosen
     name = type(error).__name__
     known = (MedQLoRAError, HydraException, OmegaConfBaseException, KeyboardInterrupt)
     if isinstance(error, known):
@@ -295,6 +300,28 @@ def _report(error: BaseException, place: str = "") -> int:
         place = f"process {processes.rank()}: "
     print(f"error: {place}{text}", file=sys.stderr, flush=True)
     return code
+
+
+def _unknown_key(error: BaseException, config_name: str) -> ConfigError | None:
+    """What Hydra says of a key that there is not, with the nearest that there is.
+
+    Hydra's advice, to add it with a +, would have the value ignored.
+    """
+    found = re.match(r"Could not override '(?:.*@)?([^']+)'", str(error))
+    if found is None:
+        return None
+    known = list(_keys(OmegaConf.to_container(compose(config_name))))
+    near = difflib.get_close_matches(found[1], known, n=1)
+    advice = f"Did you mean {near[0]}?" if near else "--help shows them all."
+    return ConfigError(f"{found[1]} is no option of {config_name}. {advice}")
+
+
+def _keys(node: Any, place: str = "") -> Iterator[str]:
+    """Every key of a nested config, with those above it."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{place}{key}"
+            yield from _keys(value, f"{place}{key}.")
 
 
 def _keeps_log() -> bool:

@@ -35,6 +35,10 @@ class ModelError(MedQLoRAError):
     exit_code = 2
 
 
+class NotFiniteError(ModelError):
+    """A score of a model that is infinite or no number."""
+
+
 class CheckpointError(MedQLoRAError):
     """A checkpoint or run folder that is damaged or belongs to something else."""
 

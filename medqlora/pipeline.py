@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import pkgutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import lightning
 import torch
 from hydra.errors import InstantiationException
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from peft import PeftConfig
@@ -64,6 +66,7 @@ from medqlora.finetuning import (
 )
 from medqlora.finetuning.callbacks import peak_memory_gb
 from medqlora.hub import hub_error, resolve_path
+from medqlora.options import check_others, check_values
 from medqlora.quantization import KeptBase, QuantConfig, footprint, letter_rows, load_base
 from medqlora.schema import Prediction, Question
 
@@ -118,6 +121,15 @@ GROUPS = (
 _MADE = ("data", "prompt", "quant", "optimizer", "scheduler", "loss", "acceleration")
 """Those that make one object, and so cannot be empty."""
 
+WATCHED = {
+    "val/accuracy": "max",
+    "val/macro_accuracy": "max",
+    "val/loss": "min",
+    "val/ece": "min",
+    "val/brier": "min",
+}
+"""What is logged after each validation, and whether more or less of it is better."""
+
 BACKENDS = ("auto", "packed", "stock")
 """What `evaluate.backend` can be."""
 
@@ -140,10 +152,8 @@ def make(node: Any, **runtime: Any) -> Any:
     """
     if not node:
         return None
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
-    for target in _targets(plain):
-        _check_target(target)
-    _refuse_interpolations(plain)
+    plain = _plain(node)
+    _check_node(plain, node._get_full_key("") if isinstance(node, DictConfig) else "")
     try:
         if not runtime:
             return hydra.utils.instantiate(plain)
@@ -159,9 +169,13 @@ def make(node: Any, **runtime: Any) -> Any:
     try:
         inspect.signature(build).bind(**runtime)
     except TypeError as error:
-        target = next(_targets(plain))
+        _, values = next(_made_of(plain, ""))
+        target = values["_target_"]
         raise ConfigError(f"{target} cannot be made from this config: {error}.") from error
-    return build(**runtime)
+    try:
+        return build(**runtime)
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -198,7 +212,22 @@ def check(cfg: Config) -> None:
                 f"{name}={cfg[name]} does not say what to make of it: it lacks _target_. Choose "
                 f"one of {name}'s options, which --help lists."
             )
+        if name in cfg:
+            _check_node(_plain(cfg[name]), name)
+    for name, node in cfg.get("callbacks", {}).items():
+        if node and not isinstance(node, Mapping | DictConfig):
+            raise ConfigError(
+                f"callbacks.{name}={node} is no callback: it lacks _target_. Set null to leave "
+                "one out, or give single keys of it."
+            )
+    check_others(_plain(cfg))
     device = device_of(cfg)
+    between = cfg["trainer"].get("val_check_interval")
+    if isinstance(between, float) and between > 1:
+        raise ConfigError(
+            f"trainer.val_check_interval={between} is no fraction of an epoch. Give one, such as "
+            "0.5, or a whole number of rows."
+        )
     precision = cfg["trainer"].get("precision")
     if precision not in (None, "32-true", 32, "32"):
         raise ConfigError(
@@ -228,7 +257,28 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"baselines={sorted(unknown)} are unknown. Choose among {', '.join(BASELINES)}, or []."
         )
+    _check_watched(cfg)
     _check_processes(cfg)
+
+
+def _check_watched(cfg: Config) -> None:
+    """Refuse a callback that waits for a number that is never logged, or keeps the worst."""
+    for name in ("checkpoints", "early_stopping"):
+        node = cfg["callbacks"].get(name) or {}
+        monitor, mode = node.get("monitor"), node.get("mode")
+        if monitor is None:
+            continue
+        of_group = monitor.startswith("val/") and monitor.count("/") > 1  # as of a subject
+        if monitor not in WATCHED and not of_group:
+            raise ConfigError(
+                f"callbacks.{name}.monitor={monitor} is not logged after a validation. Choose "
+                f"{', '.join(WATCHED)}, or an accuracy such as val/subject_name/Anatomy."
+            )
+        if monitor in WATCHED and mode not in (None, WATCHED[monitor]):
+            raise ConfigError(
+                f"callbacks.{name}.mode={mode} would take the worst {monitor} for the best. Set "
+                f"callbacks.{name}.mode={WATCHED[monitor]}."
+            )
 
 
 def _check_processes(cfg: Config) -> None:
@@ -584,9 +634,19 @@ def build_trainer(
 
 
 def num_updates(cfg: Config, datamodule: MedMCQADataModule) -> int:
-    """Updates of a whole run: what the scheduler plans over."""
-    trainer = cfg["trainer"]
-    an_epoch = -(-datamodule.num_rows("train") // trainer["accumulate_grad_batches"])
+    """Updates of a whole run: what the scheduler plans over.
+
+    Raises:
+        ConfigError: If the run would have no end, or an epoch no validation.
+    """
+    trainer, num_rows = cfg["trainer"], datamodule.num_rows("train")
+    an_epoch = -(-num_rows // trainer["accumulate_grad_batches"])
+    between = trainer.get("val_check_interval")
+    if isinstance(between, int) and between > num_rows:
+        raise ConfigError(
+            f"trainer.val_check_interval={between} is more than the {num_rows} rows of an epoch. "
+            "Give fewer rows, or a fraction of an epoch, such as 1.0."
+        )
     epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
     if steps is not None and steps > 0:
         return min(steps, an_epoch * epochs) if epochs and epochs > 0 else steps
@@ -833,35 +893,65 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("MEDQLORA_CACHE", "~/.cache/medqlora")).expanduser() / "quantized"
 
 
-def _check_target(target: str) -> None:
-    """Refuse a target that is no part a config may name.
+def _check_node(node: Any, place: str) -> None:
+    """Refuse targets that a config may not name, and values that do not fit theirs.
+
+    Raises:
+        ConfigError: One line about the first of them.
+    """
+    _refuse_interpolations(node)
+    made = [
+        (_allowed_target(str(values["_target_"])), values, where)
+        for where, values in _made_of(node, place)
+    ]
+    for target, values, where in made:
+        check_values(target, values, where)
+
+
+def _made_of(node: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping with a `_target_` in a nested config, and its place."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield place, node
+        for key, value in node.items():
+            yield from _made_of(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for index, value in enumerate(node):
+            yield from _made_of(value, f"{place}[{index}]")
+
+
+def _allowed_target(target: str) -> Any:
+    """The part that a `_target_` names, if a config may name it.
 
     The prefix alone does not do: `medqlora.pipeline.os.system` begins as it should, and
     `from_pretrained` of a library runs the code of a model.
 
     Raises:
-        ConfigError: If it is not allowed.
+        ConfigError: If it is not allowed, or there is no such part.
     """
-    allowed = target.startswith(ALLOWED_TARGETS)
-    if allowed:
+    if target.startswith(ALLOWED_TARGETS):
         try:
-            found = hydra.utils.get_object(target)
-        except Exception:
-            return  # instantiating it says what is wrong with it
-        own = f"{getattr(found, '__module__', '')}."
+            found = pkgutil.resolve_name(target)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"_target_={target} is not there: {error}.") from error
         if target.startswith("medqlora."):
-            allowed = own.startswith(_OWN_TARGETS) and (
+            own = f"{getattr(found, '__module__', '')}."
+            if own.startswith(_OWN_TARGETS) and (
                 inspect.isclass(found) or inspect.isfunction(found)
-            )
-        else:
-            allowed = inspect.isclass(found) and issubclass(found, _LIBRARY_TARGETS)
-    if not allowed:
-        raise ConfigError(
-            f"_target_={target} is not run: a config may only name parts of "
-            f"{', '.join(name.rstrip('.') for name in ALLOWED_TARGETS)}, and of libraries only "
-            "adapter configs, optimisers, schedulers, callbacks, loggers and the Trainer. Correct "
-            "the config."
-        )
+            ):
+                return found
+        elif inspect.isclass(found) and issubclass(found, _LIBRARY_TARGETS):
+            return found
+    raise ConfigError(
+        f"_target_={target} is not run: a config may only name parts of "
+        f"{', '.join(name.rstrip('.') for name in ALLOWED_TARGETS)}, and of libraries only "
+        "adapter configs, optimisers, schedulers, callbacks, loggers and the Trainer. Correct "
+        "the config."
+    )
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def _refuse_interpolations(node: Any) -> None:
@@ -877,16 +967,3 @@ def _refuse_interpolations(node: Any) -> None:
             f"the config holds {node[:60]!r}, which would be computed, and a config.yaml holds "
             "values only. Write the value."
         )
-
-
-def _targets(node: Any) -> Iterator[str]:
-    """Every `_target_` of a nested config."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key == "_target_":
-                yield str(value)
-            else:
-                yield from _targets(value)
-    elif isinstance(node, Sequence) and not isinstance(node, str):
-        for value in node:
-            yield from _targets(value)

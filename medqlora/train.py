@@ -37,6 +37,7 @@ from medqlora.finetuning import (
     fit_in_memory,
     load_trained_weights,
     save_adapter,
+    scored_after,
     token_budget_of,
 )
 from medqlora.runs import (
@@ -276,7 +277,9 @@ def _fit_and_score(
             )
         module.eval()
         for split in splits:
-            record_score(record, split, pipeline.score(cfg, module, datamodule, split))
+            with scored_after(trainer.global_step):
+                scored = pipeline.score(cfg, module, datamodule, split)
+            record_score(record, split, scored)
             log_result(loggers, split, record.metrics[split])
         if processes.rank():
             return

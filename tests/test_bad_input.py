@@ -120,6 +120,16 @@ CASES: list[tuple[Change | list[str], list[str]]] = [
     (["baselines=[gpt4]"], ["gpt4", "base_16bit"]),
     (["select=newest"], ["select=newest", "best or last"]),
     (["data.limit_train=-1"], ["data.limit_train=-1", "0 to leave the split out"]),
+    (["data.token_buget=64"], ["data.token_buget is no option", "Did you mean data.token_budget?"]),
+    (["xyz=1"], ["xyz is no option of train", "--help"]),
+    (["quant=nf5"], ["quant/nf5", "nf4_full"]),
+    (["experiment=quickstrat"], ["experiment/quickstrat", "quickstart"]),
+    (["sweep=rnak"], ["sweep/rnak", "rank", "quantization"]),
+    (["optimizer.lr=-1"], ["optimizer.lr=-1", "0 or more"]),
+    (["peft.r=0"], ["peft=lora", "positive", ". Choose another"]),
+    (["trainer.val_check_interval=100000"], ["trainer.val_check_interval=100000", "rows"]),
+    (["trainer.val_check_interval=1.5"], ["trainer.val_check_interval=1.5", "fraction"]),
+    (["trainer.accelerator=gpux"], ["accelerator", "gpux"]),
     (["trainer.max_epochs=-1"], ["trainer.max_epochs=-1", "trainer.max_steps"]),
 ]
 

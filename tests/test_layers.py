@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "medqlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"schema", "errors", "config", "hub", "assets", "processes", "masking"},
+    0: {"schema", "errors", "config", "hub", "assets", "processes", "masking", "options"},
     1: {"data", "quantization", "acceleration", "evaluation", "tracking"},
     2: {"finetuning"},
     3: {
@@ -45,6 +45,7 @@ SAME_LAYER = {
     ("hub", "config"),
     ("entry", "foreign"),
     ("processes", "errors"),
+    ("options", "errors"),
     ("runs", "pipeline"),
     ("runs", "entry"),
     ("budget", "pipeline"),
@@ -69,6 +70,7 @@ ONLY = {
     "assets": set(),
     "schema": set(),
     "errors": set(),
+    "options": {"errors"},
 }
 """What little a part may import of what is below it."""
 

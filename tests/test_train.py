@@ -299,6 +299,21 @@ def test_a_run_whose_val_loss_does_not_fall_is_stopped_early(runs, tiny_options)
     assert metrics["train"]["num_questions"] == 2 * 64
 
 
+def test_weights_beyond_all_bounds_fail_the_run_and_name_the_rate(
+    run_command, tiny_options, tmp_path
+):
+    """Every loss was finite; what the validation scores is not."""
+    words = ["optimizer.lr=1e30", "trainer.max_steps=1", "trainer.max_epochs=1"]
+    keys = {word.split("=")[0] for word in words}
+    options = [word for word in tiny_options if word.split("=")[0] not in keys]
+    ended = run_command("train", *options, *words, f"hydra.run.dir={tmp_path}/run")
+    assert ended.code == 1
+    [line] = ended.errors
+    assert "after 1 updates" in line
+    assert "optimizer.lr" in line
+    assert read_run(tmp_path / "run").status == "failed"
+
+
 def test_choice_and_token_loss_are_different_losses(runs, tiny_options):
     """Over four letters the random model knows nothing: ln 4; over the vocabulary, ln 440."""
     losses = {}

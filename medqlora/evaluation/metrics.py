@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchmetrics.utilities import dim_zero_cat
 
-from medqlora.errors import DataError, ModelError
+from medqlora.errors import DataError, NotFiniteError
 from medqlora.evaluation import calibration
 from medqlora.evaluation.difficulty import LENGTHS, LEVELS, length_groups, negated, stem_difficulty
 from medqlora.evaluation.statistics import wilson_interval
@@ -176,7 +176,7 @@ def score_arrays(
     Raises:
         DataError: If the questions differ in their number of options or an answer is not one of
             them.
-        ModelError: If a score is not finite.
+        NotFiniteError: If a score is not finite.
     """
     widths = {len(prediction.scores) for prediction in predictions}
     if len(widths) > 1:
@@ -191,7 +191,7 @@ def score_arrays(
     )
     if not np.isfinite(scores).all():
         row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
-        raise ModelError(
+        raise NotFiniteError(
             f"The scores of question {predictions[row].id} are not finite: "
             f"{predictions[row].scores}; the weights are damaged or overflowed: compute in "
             "bfloat16 or float32, never float16."
@@ -241,7 +241,7 @@ def summarise(
 
     Raises:
         DataError: If predictions and questions do not belong together.
-        ModelError: If a score is not finite.
+        NotFiniteError: If a score is not finite.
     """
     scores, answer = score_arrays(predictions)
     num_options = scores.shape[1]

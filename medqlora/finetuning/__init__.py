@@ -35,7 +35,7 @@ from medqlora.finetuning.losses import ChoiceLoss, ExplanationLoss, Loss, TokenL
 from medqlora.finetuning.memory import OutOfMemory, fit_in_memory, is_out_of_memory
 from medqlora.finetuning.module import MCQAModule
 from medqlora.finetuning.parallel import AdapterParallel
-from medqlora.finetuning.report import ValidationReport
+from medqlora.finetuning.report import ValidationReport, scored_after
 from medqlora.finetuning.spectrum import (
     WeightChange,
     effective_rank,
@@ -80,6 +80,7 @@ __all__ = [
     "no_adapter",
     "read_checkpoint",
     "save_adapter",
+    "scored_after",
     "token_budget_of",
     "trainable_state",
     "weight_changes",

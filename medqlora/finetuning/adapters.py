@@ -162,10 +162,10 @@ def _wrap(model: PreTrainedModel, peft_config: PeftConfig, method: str) -> PeftM
         try:
             adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
         except (ValueError, TypeError, NotImplementedError, ImportError, AttributeError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rstrip(".")
             raise ConfigError(
-                f"peft={method} does not work on this base ({_storage(model)}): {reason} Choose "
-                "another method, such as peft=lora_r16, or quant=none."
+                f"peft={method} does not work on this base ({_storage(model)}): {reason}. "
+                "Choose another method, such as peft=lora_r16, or quant=none."
             ) from error
     assert isinstance(adapted, PeftModel)
     _freeze_rank_numbers(adapted)

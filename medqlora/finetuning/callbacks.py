@@ -238,8 +238,9 @@ def peak_memory_gb(device: torch.device) -> float:
 class NaNGuard(Callback):
     """Stops a run whose loss is infinite or NaN and names the questions of the row.
 
-    Losses are looked at every `every_n_rows` rows and before every checkpoint, in one transfer, so
-    that no step waits for the device and no checkpoint is written after the failure.
+    Losses are looked at every `every_n_rows` rows and before every validation and checkpoint, in
+    one transfer, so that no step waits for the device and nothing is scored or written after the
+    failure.
 
     Args:
         question_ids: Identifier of each training question by its row number.
@@ -288,6 +289,10 @@ class NaNGuard(Callback):
                 f"{trainer.global_step}, such as {name}, though the loss still was; the last good "
                 "checkpoint is kept. Lower optimizer.lr or trainer.gradient_clip_val."
             )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the rows before it."""
+        self.check()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the last rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
+from medqlora.errors import NotFiniteError, TrainingError
 from medqlora.evaluation.metrics import PredictionCollector, summarise
 from medqlora.schema import LETTERS, Prediction, Question
 
@@ -38,7 +40,11 @@ class ValidationReport(Callback):
         self.figures = figures
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Summarise what all processes have scored and log it."""
+        """Summarise what all processes have scored and log it.
+
+        Raises:
+            TrainingError: If a score is not finite.
+        """
         if trainer.sanity_checking or not self.questions:
             return
         collector = cast(Any, pl_module).predictions["val"]
@@ -47,7 +53,9 @@ class ValidationReport(Callback):
         predictions = collector.predictions(self.questions, "val")
         scored = {prediction.id for prediction in predictions}
         # `trainer.limit_val_batches` may have left some out.
-        section = summarise(predictions, [q for q in self.questions if q.id in scored])
+        questions = [q for q in self.questions if q.id in scored]
+        with scored_after(trainer.global_step):
+            section = summarise(predictions, questions)
         for name, value in scalars(section):
             pl_module.log(f"val/{name}", value, sync_dist=True)
         if trainer.is_global_zero:
@@ -70,6 +78,22 @@ class ValidationReport(Callback):
                 logger.log_image(f"val/figure_{name}", [_pixels(figure)], step=step)
         except Exception as error:  # a lost connection must not lose the run
             log.warning("W&B did not take the validation report: %s", error)
+
+
+@contextlib.contextmanager
+def scored_after(num_updates: int) -> Iterator[None]:
+    """Scores that are not finite are the failure of the training that came before.
+
+    Raises:
+        TrainingError: In the place of `NotFiniteError`.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise TrainingError(
+            f"after {num_updates} updates the model gives no finite scores; the last good "
+            "checkpoint is kept. Lower optimizer.lr or trainer.gradient_clip_val."
+        ) from error
 
 
 def scalars(section: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -100,6 +100,26 @@ def test_an_infinite_loss_stops_the_run_and_names_its_questions(
     assert "question-19" not in caplog.text
 
 
+def test_nothing_is_validated_after_an_infinite_loss(make_module, make_trainer, rows):
+    validated = []
+
+    class Watch(Callback):
+        def on_validation_batch_start(self, *arguments, **keywords):
+            validated.append(arguments)
+
+    module = make_module("nf4", "lora_r4")
+    module.loss = lambda model, batch, rows, ids: (
+        sum(p.sum() for p in model.parameters() if p.requires_grad) * float("inf"),
+        torch.tensor(1),
+    )
+    trainer = make_trainer(
+        max_epochs=1, limit_val_batches=1, callbacks=[NaNGuard(every_n_rows=1000), Watch()]
+    )
+    with pytest.raises(TrainingError, match=r"the loss became (inf|nan) at step 1"):
+        trainer.fit(module, Rows(rows))
+    assert not validated
+
+
 def test_a_finite_run_passes_the_guards(make_module, make_trainer, rows):
     guards = [NaNGuard(), GradientGuard()]
     trainer = make_trainer(max_steps=3, callbacks=guards)
