@@ -38,7 +38,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.acceleration import find_backbone
 from medqlora.acceleration.attention import BATCHES
 from medqlora.acceleration.operators import matmul
@@ -82,7 +82,7 @@ def learn(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> None:
 
 def plain(cfg: Any, questions: list[Question], data: MedMCQADataModule) -> dict[str, Callable]:
     """Training and scoring through stock transformers and peft, on the same NF4 weights."""
-    base = load_base(cfg.model.path, pipeline.make(cfg.quant), device="cpu")
+    base = load_base(cfg.model.path, instantiation.make(cfg.quant), device="cpu")
     base.set_attn_implementation("sdpa")
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
     model = get_peft_model(base, lora)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from training import write_questions
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.acceleration import last_hidden
 from medqlora.config import compose
 from medqlora.data import MedMCQADataModule
@@ -165,7 +165,7 @@ def main() -> None:
         datamodule = pipeline.build_datamodule(cfg)
         datamodule.setup()
         for batch in itertools.islice(datamodule.train_dataloader(), 16):
-            rows.append(batch.to(pipeline.device_of(cfg)))
+            rows.append(batch.to(instantiation.device_of(cfg)))
         for quant, adapters in quants.items():
             for peft in (None, *adapters):
                 result: dict[str, Any] = {"quant": quant, "peft": peft, "device": device}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.loading import SIZES, write_random_model  # noqa: E402
-from medqlora import pipeline  # noqa: E402
+from medqlora import instantiation, pipeline  # noqa: E402
 from medqlora.config import compose  # noqa: E402
 from medqlora.finetuning import attach_adapter  # noqa: E402
 
@@ -50,7 +50,7 @@ def prepare(overrides: list[str], *, share: bool, adapters: list[str]) -> dict[s
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds["base"] += time.perf_counter() - start
-        attach_adapter(base, pipeline.make(cfg.peft))
+        attach_adapter(base, instantiation.make(cfg.peft))
     pipeline.forget_kept()
     return {key: round(value, 3) for key, value in seconds.items()}
 

@@ -59,11 +59,11 @@ KERNELS = {
 
 def write_questions(path: Path, tokenizer: Any, lengths: np.ndarray, count: int, seed: int) -> None:
     """Write questions of random words whose prompts have the wanted lengths in tokens."""
-    from medqlora import pipeline
+    from medqlora import instantiation
     from medqlora.config import compose
     from medqlora.schema import Question
 
-    template = pipeline.make(compose("train").prompt)
+    template = instantiation.make(compose("train").prompt)
 
     def length(stem: str) -> int:
         question = Question("", stem, ("heart", "liver", "lung", "bone"), 0)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medqlora import pipeline
+from medqlora import instantiation
 from medqlora.config import CONFIG_DIR
 from medqlora.data import AuditReport, MedMCQADataModule, load_tokenizer
 from medqlora.entry import command
@@ -83,8 +83,8 @@ def _datamodule(cfg: DictConfig) -> MedMCQADataModule:
     except ModelError as error:
         log.warning("lengths in tokens are left out: %s", error)
         tokenizer = None
-    datamodule = pipeline.make(
-        cfg.data, tokenizer=tokenizer, prompt=pipeline.make(cfg.prompt), seed=cfg.seed
+    datamodule = instantiation.make(
+        cfg.data, tokenizer=tokenizer, prompt=instantiation.make(cfg.prompt), seed=cfg.seed
     )
     assert isinstance(datamodule, MedMCQADataModule)
     return datamodule

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.budget import optimizer_of, random_row, take_updates
 from medqlora.config import CONFIG_DIR
 from medqlora.data import MedMCQADataModule
@@ -160,10 +160,10 @@ def _check(cfg: DictConfig) -> list[str]:
     if cfg.split not in _SPLITS:
         raise ConfigError(f"split={cfg.split} is unknown. Choose {', '.join(_SPLITS)}.")
     _check_numbers(cfg.benchmark)
-    pipeline.check(_scoring_config(cfg, "base_quantized"))
+    instantiation.check(_scoring_config(cfg, "base_quantized"))
     for key in ("optimizer", "scheduler", "loss"):
-        pipeline.make(cfg[key])
-    quant = pipeline.make(cfg.quant)
+        instantiation.make(cfg[key])
+    quant = instantiation.make(cfg.quant)
     same = not quant.changes_weights and quant.compute_dtype == _PLAIN["compute_dtype"]
     there = [
         name
@@ -244,7 +244,7 @@ class _Bench:
         self.cfg = cfg
         self.run_dir = run_dir
         self.datamodule = datamodule
-        self.device = pipeline.device_of(cfg)
+        self.device = instantiation.device_of(cfg)
         self.questions = datamodule.questions[cfg.split]
         self.copies = run_dir / ".quantized"
         self.merged = run_dir / "merged_model"
@@ -286,7 +286,7 @@ class _Bench:
 
     def _copies(self, cfg: DictConfig) -> Path | None:
         """Where a quantised copy goes; None where there is nothing to copy, or no format for it."""
-        quant = pipeline.make(cfg.quant)
+        quant = instantiation.make(cfg.quant)
         keeps = quant.changes_weights and not quant.data_type.startswith("torchao")
         return self.copies if keeps else None
 
@@ -410,7 +410,7 @@ class _Bench:
     def _train(self, name: str, cfg: DictConfig) -> dict[str, Any] | None:
         """Peak memory of a few updates of a fresh adapter; None where no adapter is named."""
         num_updates = self.cfg.benchmark.num_updates
-        if not num_updates or pipeline.make(self.cfg.get("peft")) is None:
+        if not num_updates or instantiation.make(self.cfg.get("peft")) is None:
             return None
         values = resolved(self.cfg) | {key: resolved(cfg)[key] for key in ("quant", "acceleration")}
         free_memory()
@@ -518,11 +518,11 @@ def _spread(questions: Sequence[Question], number: int) -> list[Question]:
 
 def _conditions(cfg: DictConfig, datamodule: MedMCQADataModule) -> dict[str, Any]:
     """What holds for every row."""
-    device = pipeline.device_of(cfg)
+    device = instantiation.device_of(cfg)
     return {
         "data": {"name": datamodule.name, "sha256": datamodule.sha256, "split": cfg.split},
         "model": cfg.model.path,
-        "quant": QuantConfig.as_dict(pipeline.make(cfg.quant)),
+        "quant": QuantConfig.as_dict(instantiation.make(cfg.quant)),
         "num_questions": len(datamodule.questions[cfg.split]),
         "hardware": hardware(device),
         "num_threads": torch.get_num_threads() if device.type == "cpu" else None,

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache as cached
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.acceleration import one_stream
 from medqlora.acceleration.backbone import Checkpointing
 from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
@@ -55,7 +55,7 @@ def with_token_budget(cfg: DictConfig) -> DictConfig:
     if cfg.data.token_budget != "auto":
         check_memory(cfg)
         return cfg
-    pipeline.check(cfg)
+    instantiation.check(cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[assignment]
     cfg.data.token_budget = BUDGETS[0]
     key = _key(cfg)
@@ -125,7 +125,7 @@ def estimated_peak(
         token_budget: Tokens a row.
         gradient_checkpointing: What is computed again backwards.
     """
-    quant = pipeline.make(cfg.quant)
+    quant = instantiation.make(cfg.quant)
     peft: Any = OmegaConf.to_container(cfg.peft, resolve=True) if cfg.peft else {}
     is_lora = str(peft.get("_target_", "")).endswith("LoraConfig")
     embedding = {
@@ -157,10 +157,10 @@ def check_memory(cfg: DictConfig) -> None:
             met within 7 % where it was compared. What is nearer is tried, and rows are
             halved if that fails.
     """
-    device = pipeline.device_of(cfg)
+    device = instantiation.device_of(cfg)
     if device.type != "cuda" or not isinstance(cfg.data.token_budget, int):
         return
-    pipeline.check(cfg)
+    instantiation.check(cfg)
     again = cfg.acceleration.gradient_checkpointing
     total = torch.cuda.get_device_properties(device).total_memory / 1e9
     peak = estimated_peak(cfg, cfg.data.token_budget, again)
@@ -203,7 +203,7 @@ def is_hub_model(path: str) -> bool:
 
 def _likely(cfg: DictConfig) -> int | None:
     """The longest row that by estimate fits a GPU."""
-    device = pipeline.device_of(cfg)
+    device = instantiation.device_of(cfg)
     if device.type != "cuda":
         return None
     room = LIKELY * torch.cuda.get_device_properties(device).total_memory / 1e9
@@ -226,7 +226,7 @@ class _Trial:
             datamodule.prepare_letters()
             base = pipeline.build_base(self.cfg)
             self.module = pipeline.build_training_module(self.cfg, base, datamodule, 100)
-            self.module.to(pipeline.device_of(self.cfg))
+            self.module.to(instantiation.device_of(self.cfg))
             self.optimizer = optimizer_of(self.module)
         module, optimizer = self.module, self.optimizer
         assert optimizer is not None
@@ -305,7 +305,7 @@ def _share_used(device: torch.device) -> float:
 def _key(cfg: DictConfig) -> str:
     values = resolved(cfg)
     parts = {name: values.get(name) for name in _DECIDES}
-    device = hardware(pipeline.device_of(cfg))
+    device = hardware(instantiation.device_of(cfg))
     text = json.dumps([parts, device, versions()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

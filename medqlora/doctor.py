@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medqlora import pipeline
+from medqlora import instantiation
 from medqlora.budget import estimated_peak, is_hub_model
 from medqlora.data.cache import cache_dir
 from medqlora.entry import command, one_line
@@ -303,7 +303,7 @@ def check_options(cfg: DictConfig) -> Iterator[Check]:
     """Whether the chosen quantisation and adapter can be made at all."""
     for group in ("quant", "peft"):
         try:
-            made = pipeline.make(cfg[group])
+            made = instantiation.make(cfg[group])
             if isinstance(made, QuantConfig):
                 require_extra(made)
         except MedQLoRAError as error:

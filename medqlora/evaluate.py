@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.data import MedMCQADataModule
 from medqlora.entry import command, is_sweep
 from medqlora.errors import ConfigError, MedQLoRAError
@@ -130,7 +130,7 @@ def _check(cfg: DictConfig) -> str:
     ):
         if value not in choices:
             raise ConfigError(f"{key}={value} is unknown. Choose {', '.join(choices)}.")
-    if cfg.adapter is None and pipeline.make(cfg.get("peft")) is not None:
+    if cfg.adapter is None and instantiation.make(cfg.get("peft")) is not None:
         raise ConfigError(
             "peft chooses what is trained, and evaluate trains nothing. Give run=DIR or "
             "adapter=FOLDER to score an adapter, or peft=none for the bare base."
@@ -144,7 +144,7 @@ def _check(cfg: DictConfig) -> str:
         value = options[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"evaluate.{key}={value} is no number from {least} up. Give one.")
-    pipeline.check(cfg)
+    instantiation.check(cfg)
     if options.base is not None:
         read_run(options.base)
     return pipeline.scoring_backend(cfg)
@@ -173,7 +173,7 @@ def _generate_into(
     generator = pipeline.build_generator(cfg, datamodule, cfg.adapter)
     record.metrics["data"] = pipeline.data_section(datamodule)
     record.metrics["model"] = pipeline.model_section(cfg, generator.model)
-    device = pipeline.device_of(cfg)
+    device = instantiation.device_of(cfg)
     for split in splits:
         questions = datamodule.questions[split]
         scores = torch.zeros(len(questions), datamodule.num_options)
@@ -296,7 +296,7 @@ def base_of(cfg: DictConfig) -> Path | None:
         return Path(cfg.evaluate.base)
     if cfg.get("of_run") is None or cfg.adapter is None:
         return None
-    folders = (Path(cfg.of_run) / "baselines" / name for name in reversed(pipeline.BASELINES))
+    folders = (Path(cfg.of_run) / "baselines" / name for name in reversed(instantiation.BASELINES))
     return next((folder for folder in folders if (folder / "metrics.json").is_file()), None)
 
 

@@ -3,7 +3,7 @@
 `--config-path RUN --config-name config` repeats a run, perhaps one that somebody sent. Hydra makes
 objects of its own from the node `hydra` (launcher, sweeper, callbacks, loggers), sets environment
 variables and makes folders before any code of this package sees the config, so the node is read
-first. What the rest of the config may make, `pipeline.make` says.
+first. What the rest of the config may make, `instantiation.make` says.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.config import CONFIG_DIR, compose
 from medqlora.errors import CheckpointError, ConfigError
 from medqlora.evaluation import (
@@ -223,7 +223,7 @@ def _option(name: str) -> QuantConfig:
     known = sorted(file.stem for file in (CONFIG_DIR / "quant").glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"quant={name} is unknown. Choose one of {', '.join(known)}.")
-    return pipeline.make(compose("train", [f"quant={name}"]).quant)
+    return instantiation.make(compose("train", [f"quant={name}"]).quant)
 
 
 def storage_row(stored: StoredBase, reference: StoredBase) -> ResultRow:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from rich.console import Console
 
-from medqlora import pipeline, processes
+from medqlora import instantiation, pipeline, processes
 from medqlora.budget import with_token_budget
 from medqlora.data import MedMCQADataModule
 from medqlora.entry import choices, command, is_sweep, move_log
@@ -123,7 +123,7 @@ def _train_in(cfg: DictConfig, run_dir: Path, *, sweep: bool, go_on: bool) -> No
 
 
 def _check(cfg: DictConfig) -> None:
-    pipeline.check(cfg)
+    instantiation.check(cfg)
     check_loggers(OmegaConf.to_container(cfg.logger, resolve=True))  # type: ignore[arg-type]
 
 
@@ -174,7 +174,7 @@ def _train(cfg: DictConfig, run_dir: Path, record: RunRecord, *, go_on: bool) ->
 
 
 def _read_data(cfg: DictConfig) -> MedMCQADataModule:
-    targets = pipeline.make(cfg.loss).targets
+    targets = instantiation.make(cfg.loss).targets
     datamodule = pipeline.build_datamodule(cfg, loss_targets=targets, share=is_sweep())
     datamodule.setup()
     return datamodule
@@ -219,7 +219,7 @@ def _fit_and_score(
     identity = {
         "model.path": cfg.model.path,
         "model.revision": revision or cfg.model.get("revision"),
-        "quant": str(sorted(dataclasses.asdict(pipeline.make(cfg.quant)).items())),
+        "quant": str(sorted(dataclasses.asdict(instantiation.make(cfg.quant)).items())),
         "config_hash": record.metrics["config_hash"],
     }
     checkpoint = find_resumable(run_dir / "checkpoints", identity) if go_on else None
@@ -297,7 +297,7 @@ def _build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
     """The loggers of a run; the first process logs for all."""
     if processes.rank():
         return []
-    return pipeline.make(
+    return instantiation.make(
         cfg.logger,
         run_dir=run_dir,
         run_config=resolved(cfg),
@@ -327,7 +327,7 @@ def _compare(
     cfg: DictConfig, record: RunRecord, datamodule: MedMCQADataModule, splits: list[str]
 ) -> None:
     """Set the run beside the base it started from, or the 16-bit one where only that was scored."""
-    names = [name for name in reversed(pipeline.BASELINES) if name in cfg.baselines]
+    names = [name for name in reversed(instantiation.BASELINES) if name in cfg.baselines]
     for split in splits if names else ():
         base = record.run_dir / "baselines" / names[0]
         questions = datamodule.questions[split]

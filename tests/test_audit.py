@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from medqlora import instantiation
 from medqlora.audit import MEANINGS, tables, with_own_tokenizer
 from medqlora.config import compose
 from medqlora.data.audit import FINDERS
@@ -99,11 +100,9 @@ def test_every_finding_has_a_meaning_for_the_reader():
 
 def test_text_of_the_data_is_shown_as_it_is(flawed):
     """A question that looks like markup of the terminal colours nothing and hides nothing."""
-    from medqlora import pipeline
-
     cfg = compose("audit", ["data=files", f"data.train_file={flawed}"])
-    prompt = pipeline.make(cfg.prompt)
-    data = pipeline.make(cfg.data, tokenizer=None, prompt=prompt, seed=0)
+    prompt = instantiation.make(cfg.prompt)
+    data = instantiation.make(cfg.data, tokenizer=None, prompt=prompt, seed=0)
     report = data.audit()
     report.summary["subjects"] = {"[red]Skin[/red]": 6}
     console = Console(width=200)
@@ -138,13 +137,11 @@ def test_half_of_the_official_validation_set(tmp_path, run_command):
 
 def test_numbers_and_names_stay_whole_on_a_narrow_terminal(tmp_path):
     """Five letters, and eighty columns as a terminal without a size has."""
-    from medqlora import pipeline
-
     rows = [raw_row(i, ope=f"None {i}", cop=i % 5) for i in range(130)]
     file = write_jsonl(tmp_path / "five.jsonl", rows)
     cfg = compose("audit", ["data=files", f"data.train_file={file}"])
-    prompt = pipeline.make(cfg.prompt)
-    report = pipeline.make(cfg.data, tokenizer=None, prompt=prompt, seed=0).audit()
+    prompt = instantiation.make(cfg.prompt)
+    report = instantiation.make(cfg.data, tokenizer=None, prompt=prompt, seed=0).audit()
     console = Console(width=80)
     with console.capture() as shown:
         for table in tables(report, "five"):

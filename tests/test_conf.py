@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.config import CONFIG_DIR, compose
 from medqlora.errors import ConfigError
 from medqlora.evaluation import config_hash
@@ -160,10 +160,10 @@ class _Layer(nn.Module):
 
 def _make_data(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
     given = {"train_file": "questions.jsonl"} if cfg.data.name == "files" else {}
-    made = pipeline.make(
+    made = instantiation.make(
         OmegaConf.to_container(cfg.data, resolve=True) | given,
         tokenizer=tokenizer,
-        prompt=pipeline.make(cfg.prompt),
+        prompt=instantiation.make(cfg.prompt),
         seed=0,
         targets="answer",
         pin_memory=False,
@@ -173,7 +173,7 @@ def _make_data(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
 
 
 def _make_prompt(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
-    assert pipeline.make(cfg.prompt).name == cfg.prompt.name
+    assert instantiation.make(cfg.prompt).name == cfg.prompt.name
 
 
 def _make_model(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
@@ -184,11 +184,11 @@ def _make_model(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
 
 
 def _make_quant(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
-    assert pipeline.make(cfg.quant).data_type == cfg.quant.data_type
+    assert instantiation.make(cfg.quant).data_type == cfg.quant.data_type
 
 
 def _make_peft(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
-    made = pipeline.make(cfg.peft)
+    made = instantiation.make(cfg.peft)
     if callable(made):
         made = made(total_step=100)
     target = cfg.peft["_target_"].rpartition(".")[2]
@@ -202,7 +202,7 @@ def _make_optimizer(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
     torch.manual_seed(0)
     layer = _Layer()
     before = [p.detach().clone() for p in layer.parameters()]
-    optimizer = pipeline.make(cfg.optimizer)(layer.named_parameters())
+    optimizer = instantiation.make(cfg.optimizer)(layer.named_parameters())
     layer(torch.randn(8, 128)).square().mean().backward()
     optimizer.step()
     for old, new in zip(before, layer.parameters(), strict=True):
@@ -212,7 +212,7 @@ def _make_optimizer(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
 
 def _make_scheduler(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
     optimizer = torch.optim.SGD(_Layer().parameters(), lr=1.0)
-    schedule = pipeline.make(cfg.scheduler)(optimizer, num_training_steps=100)
+    schedule = instantiation.make(cfg.scheduler)(optimizer, num_training_steps=100)
     rates = []
     for _ in range(100):
         rates.append(schedule.get_last_lr()[0])
@@ -224,22 +224,22 @@ def _make_scheduler(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
 
 
 def _make_loss(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
-    assert pipeline.make(cfg.loss).targets in ("answer", "explanation")
+    assert instantiation.make(cfg.loss).targets in ("answer", "explanation")
 
 
 def _make_acceleration(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
-    assert pipeline.make(cfg.acceleration).compile == cfg.acceleration.compile
+    assert instantiation.make(cfg.acceleration).compile == cfg.acceleration.compile
 
 
 def _make_trainer(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="trainer=cpu"):
-            pipeline.check(cfg)
+            instantiation.check(cfg)
         if "strategy" not in cfg.trainer:
             return
         cfg = OmegaConf.merge(cfg, {"trainer": {"accelerator": "cpu"}})
         with pytest.raises(ConfigError, match="torchrun --nproc-per-node"):
-            pipeline.check(cfg)
+            instantiation.check(cfg)
         return
     trainer = pipeline.build_trainer(cfg, tmp_path, {}, [])
     assert trainer.max_epochs == cfg.trainer.max_epochs
@@ -252,9 +252,9 @@ def _make_logger(cfg: Any, tmp_path: Path, tokenizer: Any) -> None:
     runtime = {"run_dir": tmp_path, "run_config": {}, "group": None, "tags": []}
     if any(find_spec(service) is None for service in services):
         with pytest.raises(ConfigError, match="pip install"):
-            pipeline.make(cfg.logger, **runtime)
+            instantiation.make(cfg.logger, **runtime)
         return
-    loggers = pipeline.make(cfg.logger, **runtime)
+    loggers = instantiation.make(cfg.logger, **runtime)
     assert type(loggers[0]).__name__ == "RunCSVLogger"
     assert len(loggers) == 1 + len(services)
 
@@ -333,7 +333,7 @@ def test_compose_raises_for_notebooks_what_a_command_prints():
 def test_a_target_outside_the_project_is_not_run():
     """A config that came with somebody's run folder is data, not code."""
     with pytest.raises(ConfigError, match=r"_target_=os\.system"):
-        pipeline.make({"_target_": "os.system", "command": "true"})
+        instantiation.make({"_target_": "os.system", "command": "true"})
 
 
 def test_config_hash_sees_every_option_but_those_of_logging():

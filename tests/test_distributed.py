@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medqlora import processes
+from medqlora import instantiation, processes
 from medqlora.config import compose
 from medqlora.entry import command_line
 from medqlora.train import train
@@ -278,7 +278,6 @@ def test_the_command_of_a_run_repeats_it_on_as_many_machines(machines, told, tor
 def test_what_cannot_be_shared_is_refused_by_name(
     trainer, overrides, words, tiny_options, torchrun, monkeypatch
 ):
-    from medqlora import pipeline
     from medqlora.acceleration import Acceleration
     from medqlora.errors import ConfigError
 
@@ -286,5 +285,5 @@ def test_what_cannot_be_shared_is_refused_by_name(
     options = [word for word in tiny_options if word != "trainer=cpu"]
     cfg = compose("train", [*options, f"trainer={trainer}", "trainer.accelerator=cpu", *overrides])
     with pytest.raises(ConfigError, match=words) as error:
-        pipeline.check(cfg)
+        instantiation.check(cfg)
     assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from medqlora import export as export_verb
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.config import compose
 from medqlora.data.medmcqa import read_questions
 from medqlora.evaluation import read_run
@@ -118,7 +118,7 @@ def test_the_adapter_answers_as_the_run_does_in_stock_peft(trained_run, tmp_path
     questions = read_questions(question_files["test"])[:6]
     path = run.config["model"]["path"]
     # The run's base is rounded to NF4: the same numbers in a plain model.
-    rounded = dequantize(load_base(path, pipeline.make(run.config["quant"])), torch.float32)
+    rounded = dequantize(load_base(path, instantiation.make(run.config["quant"])), torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     plain.load_state_dict(rounded.state_dict())
     model = PeftModel.from_pretrained(plain, str(output)).eval()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from medqlora import pipeline
+from medqlora import instantiation
 from medqlora.answering import check_row
 from medqlora.config import compose
 from medqlora.data.medmcqa import read_questions
@@ -117,7 +117,7 @@ def read(file: Path, content: bytes, *, compress: bool = True) -> None:
 # --- configs --------------------------------------------------------------------------------------
 
 WHOLE = compose("train", ["trainer=cpu"])
-ROOTS = {"seed", "resume", "select", "baselines", "peft", *pipeline.GROUPS} - {"callbacks"}
+ROOTS = {"seed", "resume", "select", "baselines", "peft", *instantiation.GROUPS} - {"callbacks"}
 
 
 def leaves(node: Any, path: str = "") -> Iterator[str]:
@@ -140,8 +140,8 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key, value):
     try:
         OmegaConf.update(cfg, key, value, merge=False)
         check(cfg)
-        pipeline.make(cfg.prompt)
-        pipeline.make(cfg.loss)
+        instantiation.make(cfg.prompt)
+        instantiation.make(cfg.loss)
     except MedQLoRAError as error:
         assert_bad_request(error)
     except OmegaConfBaseException:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medqlora import pipeline
+from medqlora import instantiation
 from medqlora.errors import ConfigError
 
 MARK = "touch {mark}"
@@ -65,7 +65,7 @@ def filled(node: Any, mark: Path) -> Any:
 def test_a_hostile_node_is_refused_by_name_and_not_run(name, tmp_path):
     mark = tmp_path / "mark"
     with pytest.raises(ConfigError, match=r"is not run|would be computed"):
-        pipeline.make(filled(HOSTILE[name], mark))
+        instantiation.make(filled(HOSTILE[name], mark))
     assert not mark.exists()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medqlora import inspection, pipeline
+from medqlora import inspection, instantiation, pipeline
 from medqlora.config import compose
 from medqlora.errors import ConfigError
 from medqlora.evaluation import mean_divergence, read_predictions, read_run
@@ -42,7 +42,7 @@ def test_every_adapted_weight_has_its_change_and_its_rounding_error(run):
 def test_an_adapter_made_of_the_rounding_error_points_along_it(run, tiny_gemma_folder):
     """LoftQ's start is the best rank-r part of what was lost, so <change, lost> = ||change||^2."""
     base = pipeline.build_base(run.config)
-    peft = pipeline.make(compose("train", ["peft=loftq_r16"]).peft)
+    peft = instantiation.make(compose("train", ["peft=loftq_r16"]).peft)
     started: Any = SimpleNamespace(
         module=SimpleNamespace(model=attach_adapter(base, peft)), config=run.config
     )

@@ -18,7 +18,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora.config import compose
 from medqlora.evaluate import evaluate
 from medqlora.evaluation import read_predictions, read_run
@@ -242,7 +242,7 @@ def test_the_prompt_of_every_question_is_that_of_the_task():
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / "medmcqa" / "medmcqa.yaml")
-    prompt = pipeline.make(compose("evaluate", ["prompt=harness"]).prompt)
+    prompt = instantiation.make(compose("evaluate", ["prompt=harness"]).prompt)
 
     for row in made_up_rows(50, seed=3):
         question = Question(row["id"], row["question"], tuple(row[c] for c in COLUMNS), row["cop"])

@@ -12,7 +12,7 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from medqlora import options, pipeline
+from medqlora import instantiation, options
 from medqlora.config import CONFIG_DIR, compose
 from medqlora.errors import ConfigError
 
@@ -58,7 +58,7 @@ WRONG = [
 def test_a_value_that_does_not_fit_is_refused_before_anything_is_read(override, words):
     command, given = BASE
     with pytest.raises(ConfigError) as caught:
-        pipeline.check(compose(command, [*given, override]))
+        instantiation.check(compose(command, [*given, override]))
     assert override.split("=")[0].split(".")[-1] in str(caught.value)
     assert words in str(caught.value)
 
@@ -82,7 +82,7 @@ def test_a_value_that_does_not_fit_is_refused_before_anything_is_read(override, 
 )
 def test_a_value_that_fits_is_taken(override):
     command, given = BASE
-    pipeline.check(compose(command, [*given, override]))
+    instantiation.check(compose(command, [*given, override]))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from lightning import Trainer
 from omegaconf import OmegaConf
 from transformers import GemmaForCausalLM
 
-from medqlora import pipeline
+from medqlora import instantiation, pipeline
 from medqlora import train as train_verb
 from medqlora.config import CONFIG_DIR, compose
 from medqlora.data import datamodule
@@ -252,7 +252,7 @@ def test_every_job_of_a_named_sweep_can_be_made(name):
     hashes = set()
     for job in jobs:
         cfg = compose("train", [f"sweep={name}", "trainer=cpu", *job])
-        pipeline.check(cfg)
+        instantiation.check(cfg)
         hashes.add(config_hash(resolved(cfg)))
     assert len(hashes) == len(jobs)
 
