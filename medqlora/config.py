@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -18,7 +19,7 @@ ASSETS_DIR = _PACKAGE / "assets"
 
 
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose one of the entry points' configs, as the command line would.
+    """Compose one of the entry points' configs, as the command line would; also within a command.
 
     Args:
         config_name: Root config, such as "train".
@@ -30,5 +31,10 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         hydra.errors.HydraException: If an override names an option that does not exist.
     """
-    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return hydra_compose(config_name=config_name, overrides=list(overrides))
+    around, outer = GlobalHydra.instance(), GlobalHydra.instance().hydra
+    around.clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+            return hydra_compose(config_name=config_name, overrides=list(overrides))
+    finally:
+        around.hydra = outer

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import gc
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -102,6 +103,7 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 if _keeps_log():
                     _log_to(run_dir / f"{config_name}.log")
                 try:
+                    _refuse_what_nothing_reads(cfg, config_name)
                     check_others(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
                     if is_worker and _wants_gpu(cfg):
                         processes.take_gpu()
@@ -308,12 +310,39 @@ def _unknown_key(error: BaseException, config_name: str) -> ConfigError | None:
     Hydra's advice, to add it with a +, would have the value ignored.
     """
     found = re.match(r"Could not override '(?:.*@)?([^']+)'", str(error))
-    if found is None:
-        return None
+    return _no_option(found[1], config_name) if found else None
+
+
+def _refuse_what_nothing_reads(cfg: DictConfig, config_name: str) -> None:
+    """Refuse a key that was added with a + where no part takes it and no value refers to it.
+
+    Raises:
+        ConfigError: It names the nearest key that there is.
+    """
+    overrides = [w for w in HydraConfig.get().overrides.task if w.startswith("+")]
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0].partition("@")[0]
+        group = key in HydraConfig.get().runtime.choices
+        referred = f"${{{key}" in str(OmegaConf.to_container(cfg))
+        if not (group or referred or _goes_to_a_part(cfg, key)):
+            unknown = _no_option(key, config_name)
+            if unknown is not None:
+                raise unknown
+
+
+def _goes_to_a_part(cfg: DictConfig, key: str) -> bool:
+    """Whether a key, or one above it, says what is made of it, which refuses what it lacks."""
+    nodes = [OmegaConf.select(cfg, p) for p in itertools.accumulate(key.split("."), "{}.{}".format)]
+    return any(OmegaConf.is_dict(node) and "_target_" in node for node in nodes)
+
+
+def _no_option(key: str, config_name: str) -> ConfigError | None:
     known = list(_keys(OmegaConf.to_container(compose(config_name))))
-    near = difflib.get_close_matches(found[1], known, n=1)
+    if key in known:
+        return None
+    near = difflib.get_close_matches(key, known, n=1)
     advice = f"Did you mean {near[0]}?" if near else "--help shows them all."
-    return ConfigError(f"{found[1]} is no option of {config_name}. {advice}")
+    return ConfigError(f"{key} is no option of {config_name}. {advice}")
 
 
 def _keys(node: Any, place: str = "") -> Iterator[str]:

@@ -7,6 +7,7 @@ library; the range of a number stands in `RANGES`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -104,17 +105,22 @@ def check_values(target: Callable[..., Any], values: Mapping[str, Any], place: s
 
     Args:
         target: A class or a function.
-        values: Its keyword arguments. Those with a target of their own are left to that, and
-            unknown ones to the call.
+        values: Its keyword arguments. Those with a target of their own are left to that.
         place: Where they stand in the config, such as "optimizer".
 
     Raises:
         ConfigError: One line about the first such value.
     """
-    hints = _hints(target)
+    hints, names = _hints(target), _names(target)
     for name, value in values.items():
-        if not (name.startswith("_") or (isinstance(value, Mapping) and "_target_" in value)):
-            key = f"{place}.{name}" if place else name
+        if name.startswith("_"):
+            continue
+        key = f"{place}.{name}" if place else name
+        if names and name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            advice = f" Did you mean {key.removesuffix(name)}{near[0]}?" if near else ""
+            raise ConfigError(f"{key} is nothing that {target.__name__} takes.{advice}")
+        if not (isinstance(value, Mapping) and "_target_" in value):
             check_value(key, value, TYPES.get(key, hints.get(name, Any)))
 
 
@@ -157,16 +163,37 @@ def check_value(key: str, value: Any, hint: Any) -> None:
 
 
 @functools.cache
+def _names(target: Callable[..., Any]) -> frozenset[str]:
+    """Parameters; none where it takes any."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return frozenset() if any_name else frozenset(p.name for p in parameters)
+
+
+@functools.cache
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Types of the parameters; none where they cannot be told, as of a library's own names."""
+    """Types of the parameters; none where they cannot be told, as of a library's own names.
+
+    Of a library's words another may be meant: `pissa_niter_[number of iters]` of peft stands for
+    many.
+    """
     of_fields = inspect.isclass(target) and dataclasses.is_dataclass(target)
     declared = target.__init__ if inspect.isclass(target) and not of_fields else target
     try:
         hints = typing.get_type_hints(declared)
     except (NameError, TypeError, AttributeError):
         return {}
+    if not declared.__module__.startswith("medqlora."):
+        hints = {name: hint | str if _has_words(hint) else hint for name, hint in hints.items()}
     collected = {p.name for p in inspect.signature(target).parameters.values() if p.kind in _MANY}
     return {name: hint for name, hint in hints.items() if name not in collected}
+
+
+def _has_words(hint: Any) -> bool:
+    return any(typing.get_origin(member) is Literal for member in _members(hint))
 
 
 _MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -179,8 +206,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):  # which is a whole number to Python
         kinds = [member for member in _members(hint) if member not in (int, float)]
         return any(is_bearable(value, kind, conf=_LIKE_PYTHON) for kind in kinds)
-    given = (value, tuple(value), set(value)) if _is_list(value) and _hashable(value) else (value,)
-    return any(is_bearable(form, hint, conf=_LIKE_PYTHON) for form in given)
+    return any(is_bearable(form, hint, conf=_LIKE_PYTHON) for form in _forms(value))
+
+
+def _forms(value: Any) -> Iterator[Any]:
+    """A value, and what a list of YAML may stand for."""
+    yield value
+    if _is_list(value):
+        yield tuple(value)
+        yield [tuple(item) if _is_list(item) else item for item in value]
+        if _hashable(value):
+            yield set(value)
 
 
 def _is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:

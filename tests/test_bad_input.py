@@ -122,6 +122,8 @@ CASES: list[tuple[Change | list[str], list[str]]] = [
     (["data.limit_train=-1"], ["data.limit_train=-1", "0 to leave the split out"]),
     (["data.token_buget=64"], ["data.token_buget is no option", "Did you mean data.token_budget?"]),
     (["xyz=1"], ["xyz is no option of train", "--help"]),
+    (["+qant=nf4"], ["qant is no option of train", "Did you mean quant?"]),
+    (["+model.revison=abc"], ["model.revison is no option", "Did you mean model.revision?"]),
     (["quant=nf5"], ["quant/nf5", "nf4_full"]),
     (["experiment=quickstrat"], ["experiment/quickstrat", "quickstart"]),
     (["sweep=rnak"], ["sweep/rnak", "rank", "quantization"]),

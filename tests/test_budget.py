@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from medqlora import budget, pipeline
+from medqlora import budget, instantiation, pipeline
 from medqlora.budget import largest_that_fits, random_row, with_token_budget
 from medqlora.config import compose
 from medqlora.errors import ConfigError
@@ -59,8 +59,9 @@ def gpu_of(monkeypatch):
     def make(gb):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Gpu(gb))
-        monkeypatch.setattr(pipeline, "device_of", lambda cfg: torch.device("cuda"))
-        monkeypatch.setattr(pipeline, "check", lambda cfg: None)
+        for module in (pipeline, instantiation):
+            monkeypatch.setattr(module, "device_of", lambda cfg: torch.device("cuda"))
+        monkeypatch.setattr(instantiation, "check", lambda cfg: None)
 
     return make
 
