@@ -40,10 +40,9 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.above else f"{self.low} or more"
-        if self.high == math.inf:
-            return low
         high = f"below {self.high}" if self.below else f"at most {self.high}"
-        return f"{low} and {high}"
+        ends = [low] * (self.low > -math.inf) + [high] * (self.high < math.inf)
+        return " and ".join(ends)
 
 
 _COUNT, _SHARE = Range(1), Range(0, 1, below=True)
@@ -51,13 +50,14 @@ RANGES = {
     "seed": Range(0, 2**32 - 1),  # what numpy takes
     "hub_timeout": Range(0, above=True),
     "data.num_workers": Range(0),
-    "optimizer.lr": Range(0),
+    "optimizer.lr": Range(0, above=True),
     "optimizer.betas": _SHARE,
     "optimizer.eps": Range(0, above=True),
     "optimizer.weight_decay": Range(0),
     "optimizer.loraplus_ratio": Range(0, above=True),
     "optimizer.momentum": _SHARE,
     "optimizer.clip_threshold": Range(0, above=True),
+    "optimizer.beta2_decay": Range(-math.inf, 0),
     "scheduler.num_cycles": _COUNT,
     "scheduler.power": Range(0, above=True),
     "peft.r": Range(0),  # of OFT, where a block size is given; of others peft refuses it
@@ -67,6 +67,12 @@ RANGES = {
     "peft.lora_dropout": _SHARE,
     "peft.vera_dropout": _SHARE,
     "peft.module_dropout": _SHARE,
+    "peft.oft_block_size": Range(0),
+    "peft.deltaT": _COUNT,
+    "peft.tinit": Range(0),
+    "peft.tfinal": Range(0),
+    "peft.beta1": Range(0, 1, above=True, below=True),
+    "peft.beta2": Range(0, 1, above=True, below=True),
     "peft.num_virtual_tokens": Range(1),
     "trainer.max_epochs": Range(-1),
     "trainer.max_steps": Range(-1),

@@ -127,7 +127,7 @@ CASES: list[tuple[Change | list[str], list[str]]] = [
     (["quant=nf5"], ["quant/nf5", "nf4_full"]),
     (["experiment=quickstrat"], ["experiment/quickstrat", "quickstart"]),
     (["sweep=rnak"], ["sweep/rnak", "rank", "quantization"]),
-    (["optimizer.lr=-1"], ["optimizer.lr=-1", "0 or more"]),
+    (["optimizer.lr=-1"], ["optimizer.lr=-1", "above 0"]),
     (["peft.r=0"], ["peft=lora", "positive", ". Choose another"]),
     (["trainer.val_check_interval=100000"], ["trainer.val_check_interval=100000", "rows"]),
     (["trainer.val_check_interval=1.5"], ["trainer.val_check_interval=1.5", "fraction"]),

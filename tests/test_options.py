@@ -31,7 +31,7 @@ WRONG = [
     ("quant.double_quant=null", "true or false"),
     ("peft.lora_dropout=1", "0 or more and below 1"),
     ("peft.lora_alpha=-1", "above 0"),
-    ("optimizer.lr=-1", "0 or more"),
+    ("optimizer.lr=-1", "above 0"),
     ("optimizer.lr=nan", "is no number"),
     ("optimizer.lr=true", "a number"),
     ("optimizer.betas=[0.9]", "a list of 2"),
@@ -114,6 +114,19 @@ def test_every_verb_refuses_what_is_no_value_of_its_own_options(verb, words, run
 @functools.cache
 def composed(group: str, name: str) -> DictConfig:
     return compose("train", [f"{group}={name}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("optimizer.beta2_decay", 1.0, "Give at most 0."),
+        ("peft.beta1", 1.0, "Give above 0 and below 1."),
+        ("peft.deltaT", 0, "Give 1 or more."),
+    ],
+)
+def test_a_range_says_both_of_its_ends(key, value, words):
+    with pytest.raises(ConfigError, match=words):
+        options.check_value(key, value, float)
 
 
 def option_files() -> list[tuple[str, str]]:

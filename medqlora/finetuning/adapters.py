@@ -155,13 +155,19 @@ def attach_adapter(
     return _cast_trainable(adapted, adapter_dtype)
 
 
+_REFUSALS = (
+    ValueError, TypeError, RuntimeError, ImportError, AttributeError, ArithmeticError
+)  # fmt: skip
+"""What PEFT raises at options that it does not check; NotImplementedError is a RuntimeError."""
+
+
 def _wrap(model: PreTrainedModel, peft_config: PeftConfig, method: str) -> PeftModel:
     with warnings.catch_warnings():
         # The tied output head is no target; PEFT warns whenever one exists.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         try:
             adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
-        except (ValueError, TypeError, NotImplementedError, ImportError, AttributeError) as error:
+        except _REFUSALS as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise ConfigError(
                 f"peft={method} does not work on this base ({_storage(model)}): {reason}. "
