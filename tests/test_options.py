@@ -84,6 +84,8 @@ def test_a_value_that_does_not_fit_is_refused_before_anything_is_read(override, 
         "+trainer.limit_train_batches=0.5",
         "callbacks.progress=null",
         "callbacks.checkpoints.monitor=val/subject_name/Anatomy",
+        "+callbacks.early_stopping={_target_: lightning.pytorch.callbacks.EarlyStopping, "
+        "monitor: train/loss}",
         "seed=4294967295",
     ],
 )
