@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqlora import instantiation, pipeline
@@ -288,6 +289,15 @@ def best_rates(acts: dict[str, Callable[[], None]], count: int) -> dict[str, dic
     }
 
 
+def show_profile(act: Callable[[], None]) -> None:
+    """Print the operators of a pass behind two warm-ups, with two threads, the longest first."""
+    torch.set_num_threads(2)
+    act(), act()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        act()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
+
+
 def main() -> None:
     """Measure both and print the ratio."""
     parser = argparse.ArgumentParser(
@@ -298,12 +308,17 @@ def main() -> None:
     )
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, help="words of the head; the bundled ones else")
+    parser.add_argument(
+        "--profile", action="store_true", help="only show what a pass of our training does"
+    )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     cfg = compose("train", ["experiment=quickstart", *arguments.overrides])
     data = pipeline.build_datamodule(cfg)
     data.setup()
     questions = data.questions["train"][: arguments.questions]
+    if arguments.profile:
+        return show_profile(ours(cfg, questions, data)["training"])
     result: dict[str, Any] = {
         "overrides": arguments.overrides,
         "questions": len(questions),

@@ -9,7 +9,8 @@ nothing), NF4 with double quantisation, LoRA r=16 on the seven linears, float32 
 loss on the four letters, AdamW (fused). `lengths.txt` holds one question length in tokens a line.
 Rows are filled in random order until the next question does not fit; the first 3 tokens of every
 question are shared (`prefix=0`: each has its own). Each line `RESULT {json}` is the mean of 20
-steps after 4.
+steps after 4. With `optimizer=paged_adamw_8bit,clip` an update is the one of `train`'s defaults, so
+that what else a whole command takes is Lightning, logging and loading.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from training import PROFILED, device_events, device_time
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from medqlora.acceleration import last_hidden, one_stream, use_packed_attention
 from medqlora.acceleration.fused import LINEARS, FusedBackbone, why_not_fused
+from medqlora.finetuning import optimizers
 from medqlora.schema import PackedBatch
 
 MAX_LENGTH = 256
@@ -180,6 +183,8 @@ class Run:
     checkpointing: str = "none"
     dropout: float = 0.0
     per: Literal["token", "row"] = "token"
+    optimizer: str = "adamw"
+    clip: bool = False
     profile: bool = False
     score: bool = False
     steps: int = 20
@@ -189,7 +194,8 @@ class Run:
     def parse(cls, text: str) -> Run:
         """Read `TOKENS[,float8][,cuda_graphs][,mlp|layers|offload][,dropout=P][,per=row]...`.
 
-        `profile` adds the kernels of one step, `score` leaves training out.
+        `optimizer=NAME` is one of `medqlora.finetuning.optimizers`, `clip` clips the gradient's
+        norm, `profile` adds what the device does in some steps, `score` leaves training out.
         """
         tokens, *words = text.split(",")
         options: dict[str, Any] = {}
@@ -203,7 +209,9 @@ class Run:
                 options[name] = int(value)
             elif word in ("per=token", "per=row"):
                 options["per"] = word.removeprefix("per=")
-            elif word in ("float8", "cuda_graphs", "profile", "score"):
+            elif word.startswith("optimizer="):
+                options["optimizer"] = word.removeprefix("optimizer=")
+            elif word in ("float8", "cuda_graphs", "clip", "profile", "score"):
                 options[word] = True
             else:
                 raise argparse.ArgumentTypeError(f"{word} is unknown")
@@ -231,8 +239,10 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
             module.lora_dropout["default"] = nn.Dropout(run.dropout)
     weights = torch.cuda.memory_allocated() / 1e9
     rows = make_rows(lengths, run.tokens, WARMUP + run.steps, 1, run.prefix)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = getattr(optimizers, run.optimizer)(named, lr=1e-5)
+    gather = getattr(optimizer, "gather_gradients", lambda: None)
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
     fast = FusedBackbone(
         model,
         float8=run.float8,
@@ -243,6 +253,9 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
 
     def step(batch: PackedBatch) -> None:
         loss_of(fast.last_hidden(batch), letters, batch).backward()
+        gather()
+        if run.clip:
+            nn.utils.clip_grad_norm_(updated, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -268,11 +281,10 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
-    print("RESULT", json.dumps(result), flush=True)
     if run.profile:
-        if not run.score:
-            show_profile("training", lambda: step(rows[-1]))
-        show_profile("scoring", lambda: score(rows[-1]))
+        acts = {"scoring": score} if run.score else {"training": step, "scoring": score}
+        result["profile_ms"] = {name: profiled(name, act, rows) for name, act in acts.items()}
+    print("RESULT", json.dumps(result), flush=True)
 
 
 def timed(
@@ -296,20 +308,19 @@ def count_of(rows: list[PackedBatch]) -> int:
     return sum(batch.num_questions for batch in rows[WARMUP:])
 
 
-def show_profile(title: str, act: Callable[[], object]) -> None:
-    """Print what the device does in one call: kernels by time, and the share it stands still."""
+def profiled(
+    title: str, act: Callable[[PackedBatch], None], rows: list[PackedBatch]
+) -> dict[str, Any]:
+    """What the device does in ms a row, by kind; prints its longest kernels."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for number in range(len(PROFILED)):
+            act(rows[number % len(rows)])
         torch.cuda.synchronize()
-        started = time.perf_counter()
-        act()
-        torch.cuda.synchronize()
-        wall = 1000 * (time.perf_counter() - started)
-    events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
-    busy = sum(event.self_device_time_total for event in events) / 1e3
-    print(f"{title}: {wall:.1f} ms under the profiler, {busy:.1f} ms of kernels")
-    for event in events[:20]:
-        milliseconds = event.self_device_time_total / 1e3
-        print(f"{milliseconds:8.2f} ms {event.count:5d} {event.key[:90]}")
+    for event in sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)[:20]:
+        milliseconds = event.self_device_time_total / 1e3 / len(PROFILED)
+        count = event.count / len(PROFILED)
+        print(f"{title} {milliseconds:8.2f} ms {count:5.0f} {event.key[:90]}")
+    return device_time(device_events(profiler))
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ FLOPS_PER_TOKEN, FLOPS = 4 * 1.98e9, 790e12
 WEIGHT_BYTES, BANDWIDTH = 2 * 1.02e9, 4.3e12
 NAMES = {"trl": "TRL", "unsloth": "Unsloth"}
 
-BESIDE_PEERS, SMALLEST, SMALL_PEERS = 25, 23, 1
+BESIDE_PEERS, SMALLEST, SMALL_PEERS = 25, 29, 1
 """Calls of `training.json`: the whole comparison, the least memory, and peers at 16 questions."""
 
 COMMANDS = {
@@ -40,7 +40,7 @@ COMMANDS = {
 }  # fmt: skip
 """Runs of `training.json` by their call."""
 
-LOOPS = 3, 4, 23
+LOOPS = 3, 4, 29
 """Calls of `budgets.json`."""
 
 MARKS = {

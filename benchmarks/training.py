@@ -123,6 +123,17 @@ class DriverMemory(threading.Thread):
         return self.peak / 1e9
 
 
+def device_events(profiler: Any) -> list[tuple[str, float, float]]:
+    """Name, start and end in us of all that the device did under a profiler of torch."""
+    import torch
+
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+
+
 def device_time(events: list[tuple[str, float, float]]) -> dict[str, Any]:
     """What a device did and for how long it did nothing, from names, starts and ends in us."""
     first, last = min(start for _, start, _ in events), max(end for *_, end in events)
@@ -156,12 +167,8 @@ def profile_steps() -> None:
             elif index == PROFILED.stop:
                 torch.cuda.synchronize()
                 self.profiler.__exit__(None, None, None)
-                events = [
-                    (event.name, event.time_range.start, event.time_range.end)
-                    for event in self.profiler.events() or ()
-                    if event.device_type == torch.autograd.DeviceType.CUDA
-                ]
-                print(PROFILE_MARK + json.dumps(device_time(events)), flush=True)
+                told = json.dumps(device_time(device_events(self.profiler)))
+                print(PROFILE_MARK + told, flush=True)
 
     build = pipeline.build_callbacks
     pipeline.build_callbacks = lambda *args: build(*args) | {"profiled": Profiled()}

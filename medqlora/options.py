@@ -81,6 +81,7 @@ RANGES = {
     "trainer.val_check_interval": Range(0, above=True),
     "trainer.log_every_n_steps": _COUNT,
     "trainer.num_sanity_val_steps": Range(-1),
+    "callbacks.checkpoints.every_n_minutes": Range(0, above=True),
     "callbacks.checkpoints.every_n_steps": _COUNT,
     "callbacks.nan_guard.every_n_rows": _COUNT,
     "callbacks.throughput.warmup_steps": Range(0),

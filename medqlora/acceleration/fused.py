@@ -467,7 +467,9 @@ def attention_block(
     attended = _attention(query, key, value, boundaries, sizes)
     if keep is not None:
         hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)
-    return hidden + _linear(attended, layer.o, sizes.width, width, sizes)
+    if _adds_in_place(hidden, sizes):
+        hidden = hidden.clone()  # the input is the caller's
+    return _add_linear(hidden, attended, layer.o, sizes.width, width, sizes)
 
 
 def _attention(
@@ -495,12 +497,15 @@ def _uncompiled_attention(
 def mlp_block(
     hidden: Float[Tensor, "token width"], layer: Layer, sizes: Sizes
 ) -> Float[Tensor, "token width"]:
-    """The second half of a layer, added to its input; each token by itself."""
+    """The second half of a layer, added to its input; each token by itself.
+
+    Where nothing is learned, on CUDA, it is added in place: `hidden` is the first half's result.
+    """
     x = rms_norm(hidden, layer.post_norm, sizes.eps)
     gate = _linear(x, layer.gate, sizes.mlp_width, sizes.width, sizes)
     up = _linear(x, layer.up, sizes.mlp_width, sizes.width, sizes)
     inner = geglu(gate, up, sizes.activation)
-    return hidden + _linear(inner, layer.down, sizes.width, sizes.mlp_width, sizes)
+    return _add_linear(hidden, inner, layer.down, sizes.width, sizes.mlp_width, sizes)
 
 
 def geglu(
@@ -539,19 +544,38 @@ def rotate(
 
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
     a, b = linear.lora_a, linear.lora_b
-    if a is not None and b is not None:
-        a, b = a.to(sizes.dtype), b.to(sizes.dtype)
-        if sizes.dropout:
-            # Only what the adapter reads is dropped, so it cannot be folded into the weight.
-            down = F.dropout(x, sizes.dropout) @ a.t()
-            plain = _FoldedLinear.apply(
-                x, None, None, *linear[:6], out_features, in_features, sizes
-            )
-            return torch.addmm(plain, down, b.t(), alpha=sizes.scaling)
-        short = MIN_RANK - a.shape[0]
-        if short > 0:
-            a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
+    if sizes.dropout and a is not None and b is not None:
+        # Only what the adapter reads is dropped, so it cannot be folded into the weight.
+        down = F.dropout(x, sizes.dropout) @ a.to(sizes.dtype).t()
+        plain = _FoldedLinear.apply(x, None, None, *linear[:6], out_features, in_features, sizes)
+        return torch.addmm(plain, down, b.to(sizes.dtype).t(), alpha=sizes.scaling)
+    a, b = _factors(linear, sizes)
     return _FoldedLinear.apply(x, a, b, *linear[:6], out_features, in_features, sizes)
+
+
+def _factors(linear: Linear, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
+    """The adapter's two matrices, of a rank that the matrix units multiply."""
+    if linear.lora_a is None or linear.lora_b is None:
+        return None, None
+    a, b = linear.lora_a.to(sizes.dtype), linear.lora_b.to(sizes.dtype)
+    short = MIN_RANK - a.shape[0]
+    return (F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))) if short > 0 else (a, b)
+
+
+def _adds_in_place(hidden: Tensor, sizes: Sizes) -> bool:
+    return hidden.is_cuda and not torch.is_grad_enabled() and not sizes.weight_scale
+
+
+def _add_linear(
+    hidden: Tensor, x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes
+) -> Tensor:
+    """`hidden + _linear(x)`; in place where `_adds_in_place`."""
+    if not _adds_in_place(hidden, sizes):
+        return hidden + _linear(x, linear, out_features, in_features, sizes)
+    fixed = (out_features, in_features, sizes)
+    weight = _weight(linear[:6], *_factors(linear, sizes), fixed, backward=False)
+    torch.ops.medqlora.add_product_(hidden, x, weight)
+    return hidden
 
 
 class _FoldedLinear(torch.autograd.Function):

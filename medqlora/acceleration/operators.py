@@ -161,6 +161,21 @@ def _(
     return torch.empty(shape, dtype=dtype, device=packed.device)
 
 
+@torch.library.custom_op("medqlora::add_product_", mutates_args=("total",))
+def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """`total += x @ weight.T`, in place.
+
+    The compiler turns a residual behind a product into one call as well, but into a copy of the
+    residual first.
+
+    Args:
+        total: (row, column).
+        x: (row, sum), of the same type.
+        weight: (column, sum), likewise.
+    """
+    total.addmm_(x, weight.t())
+
+
 @torch.library.custom_op("medqlora::lora_gradient", mutates_args=())
 def lora_gradient(grad: Tensor, down: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     """`grad @ lora_b` and `grad.T @ down` in one pass over `grad`, the largest tensor of the step.

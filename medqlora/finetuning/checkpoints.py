@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import random
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
+from medqlora import processes
 from medqlora.errors import CheckpointError, ConfigError
 from medqlora.finetuning.adapters import trainable_state
 
@@ -235,7 +237,10 @@ class RunCheckpoints(Checkpoint):
 
     Args:
         directory: The run's `checkpoints/`.
-        every_n_steps: Updates between two `last.ckpt`; None: after validations and epochs only.
+        every_n_minutes: Minutes of training between two `last.ckpt`, the most that a power cut
+            costs; None: after validations and epochs only. By the clock, since two minutes are ten
+            updates or thousands.
+        every_n_steps: Updates between two `last.ckpt`, whichever comes first; None: by the clock.
         monitor: Logged metric that decides what is best.
         mode: Whether more or less of it is better.
         identity: What a resumed run must have in common with this one; plain values.
@@ -245,7 +250,8 @@ class RunCheckpoints(Checkpoint):
         self,
         directory: str | Path,
         *,
-        every_n_steps: int | None = 500,
+        every_n_minutes: float | None = 2.0,
+        every_n_steps: int | None = None,
         monitor: str = "val/accuracy",
         mode: Literal["max", "min"] = "max",
         identity: Mapping[str, Any] | None = None,
@@ -253,11 +259,17 @@ class RunCheckpoints(Checkpoint):
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(
                 f"callbacks.every_n_steps={every_n_steps} saves never. Choose at least 1, or null "
-                "for after validations only."
+                "for by the clock only."
+            )
+        if every_n_minutes is not None and every_n_minutes <= 0:
+            raise ConfigError(
+                f"callbacks.every_n_minutes={every_n_minutes} would do nothing but save. Choose "
+                "more than 0, or null for after validations only."
             )
         if mode not in ("max", "min"):
             raise ConfigError(f"callbacks.mode={mode} is not known. Choose max or min.")
         self.directory = Path(directory)
+        self.every_n_minutes = every_n_minutes
         self.every_n_steps = every_n_steps
         self.monitor = monitor
         self.mode = mode
@@ -265,6 +277,7 @@ class RunCheckpoints(Checkpoint):
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step = -1
+        self._saved_at = time.monotonic()
         self._rng: dict[str, Any] | None = None
 
     @property
@@ -279,7 +292,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run does not write again what it has just read."""
-        self._saved_step = trainer.global_step
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -297,12 +310,20 @@ class RunCheckpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save after every `every_n_steps` updates, unless a validation is about to do it."""
-        if self.every_n_steps is None or not between_updates(trainer):
-            return
-        due = trainer.global_step - max(self._saved_step, 0) >= self.every_n_steps
-        if due and not validates_now(trainer):
+        """Save when it is time, unless a validation is about to do it."""
+        if between_updates(trainer) and self._due(trainer) and not validates_now(trainer):
             self.save_last(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether it is time to save; by the clock of whichever process is first."""
+        if self.every_n_steps is not None:
+            updates = trainer.global_step - max(self._saved_step, 0)
+            if updates >= self.every_n_steps:
+                return True
+        if self.every_n_minutes is None:
+            return False
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return bool(processes.largest(int(minutes >= self.every_n_minutes)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best, and the last if no update is under way."""
@@ -326,6 +347,7 @@ class RunCheckpoints(Checkpoint):
             return
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.last_path)
+        self._saved_at = time.monotonic()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -184,11 +184,12 @@ class MCQAModule(LightningModule):
         """Log ``test/accuracy`` and ``test/loss``, in nats over the letters."""
         self._log_metrics("test")
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What is trained, and nothing of the base, whose 4-bit weights take time to describe."""
+        return {f"model.{name}": t for name, t in trainable_state(self.model).items()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained and nothing of the base."""
-        trained = {f"model.{name}" for name in trainable_state(self.model)}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: t for name, t in state.items() if name in trained}
+        """Add the state of AdaLoRA's rank allocator, if there is one."""
         tuner = self._adalora()
         if tuner is not None:
             ranks = tuner.rankallocator

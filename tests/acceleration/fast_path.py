@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -109,6 +111,22 @@ def run(model, row):
     (hidden[: row.num_questions].float() @ weight).square().mean().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     return hidden[: row.num_questions].detach(), gradients
+
+
+def layer_twice(fast, row, boundaries):
+    """What the first layer makes of random hidden states: in learning, and where nothing is."""
+    torch.manual_seed(0)
+    hidden = torch.randn(len(row.input_ids), fast.sizes.width, device=row.input_ids.device)
+    hidden = hidden.to(fast.sizes.dtype)
+    angles = fast._rotary(row.max_length, row.position_ids)
+    sizes = replace(fast.sizes, prefix_length=row.prefix_length)
+    fixed = (fast.layers[0], boundaries, *angles, None, sizes)
+    learned = fast._run(hidden.clone().requires_grad_(), *fixed).detach()
+    given = hidden.clone()
+    with torch.no_grad():
+        scored = fast._run(given, *fixed)
+    assert torch.equal(given, hidden)
+    return learned, scored
 
 
 def relative(a, b) -> float:

@@ -23,6 +23,7 @@ from medqlora.acceleration import (
     Acceleration,
     accelerate,
     find_backbone,
+    fused,
     hidden_states,
     last_hidden,
     packed_attention,
@@ -46,6 +47,7 @@ from tests.acceleration.fast_path import (
     adapt,
     curve,
     distance,
+    layer_twice,
     relative,
     rows,
     run,
@@ -387,6 +389,28 @@ def test_the_gradients_of_the_adapter_are_its_products():
     assert relative(grad_down, grad.double() @ b.double()) < 1e-5
     assert relative(grad_b, grad.double().t() @ down.double()) < 1e-5
     torch.library.opcheck(operators.lora_gradient, (grad.bfloat16(), down.bfloat16(), b.bfloat16()))
+
+
+def test_a_product_is_added_in_place():
+    torch.manual_seed(0)
+    total, x, weight = torch.randn(9, 8), torch.randn(9, 16), torch.randn(8, 16)
+    expected = total + x @ weight.t()
+    operators.add_product_(total, x, weight)
+    assert relative(total, expected) < 1e-6
+    torch.library.opcheck(operators.add_product_, (total, x, weight))
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_a_layer_that_adds_in_place_gives_the_same_and_leaves_its_input(
+    adapted, monkeypatch, prefix
+):
+    """What CUDA does where nothing is learned; compiled it is tested in `test_gpu.py`."""
+    row = rows(1, prefix=prefix)[0]
+    expected, _ = layer_twice(FusedBackbone(adapted, compile=False), row, row.cu_seqlens)
+    monkeypatch.setattr(fused, "_adds_in_place", lambda *_: not torch.is_grad_enabled())
+    learned, scored = layer_twice(FusedBackbone(adapted, compile=False), row, row.cu_seqlens)
+    assert torch.equal(learned, expected)
+    assert relative(scored, expected) < 0.01
 
 
 def test_geglu_is_the_same_where_nothing_is_learned():

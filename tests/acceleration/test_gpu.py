@@ -19,7 +19,7 @@ from medqlora.acceleration import (
     packed_attention,
     prepare_for_training,
 )
-from medqlora.acceleration.fused import why_not_fused
+from medqlora.acceleration.fused import FusedBackbone, why_not_fused
 from tests.acceleration import fast_path
 from tests.acceleration.fast_path import BUDGET, distance, relative, run
 
@@ -85,6 +85,16 @@ def test_hidden_states_and_gradients_are_those_of_plain_layers(adapted, name, pr
 @pytest.fixture(scope="module")
 def plain_curve(adapted):
     return curve(set_up(adapted, PLAIN))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_scoring_adds_in_place_and_leaves_the_input_of_a_layer(adapted, prefix, compile):
+    row = rows(1, prefix=prefix)[0]
+    boundaries = F.pad(cover_padding(row.cu_seqlens, BUDGET, row.max_length), (1, 0))
+    fast = FusedBackbone(copy.deepcopy(adapted), compile=compile)
+    learned, scored = fast_path.layer_twice(fast, row, boundaries)
+    assert relative(scored, learned) < 0.01
 
 
 def test_there_is_something_to_learn(plain_curve):

@@ -63,7 +63,10 @@ def run(make_module, make_trainer, rows, tmp_path):
         )
         directory = tmp_path / folder
         checkpoints = RunCheckpoints(
-            directory, every_n_steps=options.pop("every_n_steps", 2), identity=IDENTITY
+            directory,
+            every_n_minutes=options.pop("every_n_minutes", 2.0),
+            every_n_steps=options.pop("every_n_steps", 2),
+            identity=IDENTITY,
         )
         resume = find_resumable(directory, IDENTITY)
         defaults = {"max_epochs": EPOCHS, "limit_val_batches": 2, "gradient_clip_val": 1.0}
@@ -143,6 +146,27 @@ def test_a_resumed_run_counts_questions_once(run, rows):
     _, trainer, _ = run("killed")
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
     assert throughput.num_questions == EPOCHS * sum(r.num_questions for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "saved"), [(None, [5]), (2.0, [2, 4, 5]), (0.5, [1, 2, 3, 4, 5])]
+)
+def test_it_saves_by_the_clock(run, monkeypatch, minutes, saved):
+    """A row takes a minute here; at the end of the epoch it saves in any case."""
+    clock, steps = [0.0], []
+
+    class Minute(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            clock[0] += 60
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        steps.append(checkpoint["global_step"])
+
+    monkeypatch.setattr("medqlora.finetuning.checkpoints.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_checkpoint)
+    options = {"every_n_steps": None, "every_n_minutes": minutes}
+    run("timed", Minute(), max_epochs=1, limit_val_batches=0, **options)
+    assert steps == saved
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -434,6 +458,8 @@ def test_weights_of_another_adapter_are_refused_with_one_of_them(run, make_modul
 def test_options_without_effect_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="saves never"):
         RunCheckpoints(tmp_path, every_n_steps=0)
+    with pytest.raises(ConfigError, match="do nothing but save"):
+        RunCheckpoints(tmp_path, every_n_minutes=0)
     with pytest.raises(ConfigError, match="is not known"):
         RunCheckpoints(tmp_path, mode="highest")
 
