@@ -259,7 +259,7 @@ class RunCheckpoints(Checkpoint):
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(
                 f"callbacks.every_n_steps={every_n_steps} saves never. Choose at least 1, or null "
-                "for by the clock only."
+                "to save by the clock only."
             )
         if every_n_minutes is not None and every_n_minutes <= 0:
             raise ConfigError(
