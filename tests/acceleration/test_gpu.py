@@ -82,11 +82,6 @@ def test_hidden_states_and_gradients_are_those_of_plain_layers(adapted, name, pr
     assert max(relative(others[n], gradients[n]) for n in gradients) < 0.06
 
 
-@pytest.fixture(scope="module")
-def plain_curve(adapted):
-    return curve(set_up(adapted, PLAIN))
-
-
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_scoring_adds_in_place_and_leaves_the_input_of_a_layer(adapted, prefix, compile):
@@ -95,6 +90,11 @@ def test_scoring_adds_in_place_and_leaves_the_input_of_a_layer(adapted, prefix, 
     fast = FusedBackbone(copy.deepcopy(adapted), compile=compile)
     learned, scored = fast_path.layer_twice(fast, row, boundaries)
     assert relative(scored, learned) < 0.01
+
+
+@pytest.fixture(scope="module")
+def plain_curve(adapted):
+    return curve(set_up(adapted, PLAIN))
 
 
 def test_there_is_something_to_learn(plain_curve):
