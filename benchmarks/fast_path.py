@@ -35,7 +35,8 @@ from training import PROFILED, device_events, device_time
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from medqlora.acceleration import last_hidden, one_stream, use_packed_attention
-from medqlora.acceleration.fused import LINEARS, FusedBackbone, why_not_fused
+from medqlora.acceleration.folding import LINEARS, why_not_fused
+from medqlora.acceleration.fused import FusedBackbone
 from medqlora.finetuning import optimizers
 from medqlora.schema import PackedBatch
 

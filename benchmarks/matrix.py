@@ -2,6 +2,7 @@ r"""Every way of storing the base, and adapters on it: bytes, rounding, speed, m
 
     python benchmarks/matrix.py --model GEMMA --lengths lengths.txt --output matrix.json
     python benchmarks/matrix.py --model GEMMA --lengths lengths.txt --quant nf4 --peft lora_r16,ia3
+    python benchmarks/matrix.py ... acceleration.fused=off acceleration.compile=none
 
 For each option of `conf/quant`: seconds and peak device memory of loading, bytes of weights by
 part, how far the last hidden states, the letters' log-probabilities and the logits over the
@@ -11,6 +12,7 @@ Lightning's Trainer with the defaults of `train`, as fast as the run measures it
 out), the peak of the allocator, and what is trained. One process and one line of JSON a step;
 random questions of the lengths in tokens that `--lengths` names. `acceleration` is the default,
 but plain layers are not compiled (`acceleration.compile=none`), which would take a minute each.
+Overrides of Hydra are for all steps.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ QUANTS |= {"nf4_single": ("lora_r16",), "nf4_block128": (), "hqq_4bit": (), "tor
 
 def config(arguments: argparse.Namespace, quant: str, peft: str, train_file: Path) -> Any:
     """The config of `train` for one step of the matrix."""
-    plain = not quant.startswith(("nf4", "fp4")) or not peft.startswith("lora")
+    plain = not quant.startswith(("nf4", "fp4", "none")) or peft == "prompt_tuning"
     return compose(
         "train",
         [
@@ -53,7 +55,7 @@ def config(arguments: argparse.Namespace, quant: str, peft: str, train_file: Pat
             f"peft={peft}", "logger=csv", "baselines=[]", f"data.token_budget={arguments.tokens}",
             f"trainer.max_steps={arguments.steps}", "callbacks.progress=null",
             "callbacks.checkpoints=null", f"trainer={arguments.trainer}",
-            *(["acceleration.compile=none"] if plain else []),
+            *(["acceleration.compile=none"] if plain else []), *arguments.overrides,
         ],
     )  # fmt: skip
 
@@ -139,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("overrides", nargs="*", help="of Hydra, such as acceleration.fused=off")
     parser.add_argument("--model", required=True)
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--quant", help="options of conf/quant; all of the matrix if left out")
@@ -169,6 +172,8 @@ def main() -> None:
         for quant, adapters in quants.items():
             for peft in (None, *adapters):
                 result: dict[str, Any] = {"quant": quant, "peft": peft, "device": device}
+                if arguments.overrides:
+                    result["overrides"] = arguments.overrides
                 if time.perf_counter() - started > arguments.seconds:
                     result["not_run"] = "out of time"
                 else:

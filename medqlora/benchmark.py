@@ -222,7 +222,7 @@ def _scoring_config(cfg: DictConfig, name: str, merged: Path | None = None) -> D
         "quant": _PLAIN if plain else values["quant"],
         "adapter": values["adapter"] if name == "adapter" else None,
         "trainer": values["trainer"],
-        # the fast path knows 4-bit weights only
+        # in their own arithmetic, whatever is asked of the quantised base
         "acceleration": values["acceleration"]
         | ({"fused": "auto", "float8": False} if plain else {}),
     }

@@ -40,6 +40,7 @@ LIKELY = 0.85
 """Part of it up to which an estimate is expected to fit: it is met within 7 %."""
 
 _QUESTION_LENGTH = 64
+_FOLDED = ("LoraConfig", "AdaLoraConfig", "VeraConfig", "IA3Config", "LNTuningConfig", "no_adapter")
 _DECIDES = ("model", "quant", "peft", "optimizer", "loss", "acceleration", "prompt")
 
 
@@ -127,20 +128,27 @@ def estimated_peak(
     """
     quant = instantiation.make(cfg.quant)
     peft: Any = OmegaConf.to_container(cfg.peft, resolve=True) if cfg.peft else {}
-    is_lora = str(peft.get("_target_", "")).endswith("LoraConfig")
+    method = str(peft.get("_target_", "")).rpartition(".")[2]
+    ranks = {"": 16, "LoraConfig": peft.get("r"), "AdaLoraConfig": peft.get("init_r")}
     embedding = {
         "bf16": 8.0 * quant.torch_dtype.itemsize,
         "int8": 8.0,
         "nf4": 4.127 if quant.embedding_double_quant else 4.5,
     }[quant.embedding]
     acceleration = cfg.get("acceleration") or {}
-    fused = torch.cuda.is_available() and quant.is_4bit and acceleration.get("fused") != "off"
+    fused = (
+        torch.cuda.is_available()
+        and (quant.is_4bit or quant.data_type == "none")
+        and quant.torch_dtype == torch.bfloat16
+        and (method in _FOLDED or not method)
+        and acceleration.get("fused") != "off"
+    )
     return estimate_training_memory(
         model_shape(str(cfg.model.path), cfg.model.get("revision")),
         token_budget=token_budget,
         weight_bits=quant.bits,
         embedding_bits=embedding,
-        r=int(peft.get("r", 16)) if is_lora else 16,
+        r=int(ranks.get(method) or 0),
         compute_bytes=quant.torch_dtype.itemsize,
         gradient_checkpointing=gradient_checkpointing,
         fused=fused,

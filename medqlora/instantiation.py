@@ -267,8 +267,8 @@ def _check_processes(cfg: Config) -> None:
     if strategy == "fsdp":
         if acceleration.of_fast_path:
             raise ConfigError(
-                f"acceleration.{acceleration.of_fast_path[0]} reads 4-bit weights that "
-                "trainer=fsdp does not have. Leave it out, or choose trainer=ddp."
+                f"acceleration.{acceleration.of_fast_path[0]} reads whole weights, "
+                "which trainer=fsdp shares out. Leave it out, or choose trainer=ddp."
             )
         quant = make(cfg["quant"])
         if quant.changes_weights:

@@ -10,12 +10,8 @@ import torch
 from torch import nn
 
 from medqlora.acceleration.backbone import Checkpointing, find_backbone
-from medqlora.acceleration.fused import (
-    adapter_dropout,
-    disable_fused,
-    enable_fused,
-    why_not_fused,
-)
+from medqlora.acceleration.folding import adapter_dropout, why_not_fused
+from medqlora.acceleration.fused import disable_fused, enable_fused
 from medqlora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -37,8 +33,8 @@ class Acceleration:
     Attributes:
         compile: "none", "default", "cuda_graphs", or "auto": none on the CPU, where the compiler
             needs a C++ toolchain; CUDA graphs for short rows and the default for long ones.
-        fused: Run 4-bit layers under plain LoRA through the fast path (`fused.FusedBackbone`):
-            "auto" where it can, "on" or an error, "off".
+        fused: Run layers in 4, 16 or 32 bit with an adapter that can be folded into them through
+            the fast path (`fused.FusedBackbone`): "auto" where it can, "on" or an error, "off".
         float8: Multiply in 8-bit floats on the fast path, on CUDA: rounds weights and activations
             to 3 bits of mantissa.
         gradient_checkpointing: What the backward pass computes again: False nothing, "mlp" the MLP

@@ -1,4 +1,4 @@
-"""Gemma over packed rows with every adapter folded into its 4-bit weight: the fast path.
+"""Gemma over packed rows with every adapter folded into its weight: the fast path.
 
 A decoder layer becomes one pure function of tensors, compiled once and called for every layer.
 Four things make it fast. The adapter is added while the weight is dequantised, so that a layer
@@ -6,6 +6,7 @@ costs one matrix product forward and one for the gradient of its input, as if th
 adapter. The adapter's own gradients take one pass over the gradient of the output. Attention
 reads the projections as they are, without repeated heads, and questions of tens of tokens in one
 program each. And behind the last attention only the tokens that are scored are computed at all.
+Which adapters that goes for stands in `folding`.
 
 On CUDA kernels of our own do the first three, in bfloat16. On the CPU plain torch does, in float32
 or bfloat16, of any size; there attention is `packed_attention`, and stays outside of compiled code.
@@ -16,58 +17,48 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from peft.tuners.lora import LoraLayer
+from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medqlora.acceleration.attention import cover_padding, packed_attention
 from medqlora.acceleration.backbone import FAST_PATH, Checkpointing, find_backbone, offloaded
+from medqlora.acceleration.folding import (
+    Adapter,
+    Layer,
+    Linear,
+    Stored,
+    adapted_modules,
+    compute_dtype,
+    largest_weight,
+    linears,
+    norm_weight,
+    read_layer,
+    scaling_and_dropout,
+    why_not_folded,
+    without_some_columns,
+)
 from medqlora.acceleration.graphs import RecordedPass, Row
-from medqlora.acceleration.operators import matmul
+from medqlora.acceleration.operators import MAX_RANK, matmul
 from medqlora.schema import PackedBatch
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIN_RANK = 16
-"""Smallest rank that the matrix units multiply; smaller adapters are padded with zeros."""
+"""Smallest rank that the matrix units multiply; smaller adapters are padded with zeros, and others
+up to `MAX_RANK` to a power of two."""
 
 FLOAT8_MAX = 448.0
 """Largest float8_e4m3fn."""
 
 MLP_CHUNKS, MIN_CHUNK = 4, 256
 """Where the MLP is computed again backwards, so many pieces of a row, of so many tokens or more."""
-
-
-class Linear(NamedTuple):
-    """The tensors of one 4-bit layer and its adapter; see `operators.effective_weight`."""
-
-    packed: Tensor
-    absmax: Tensor
-    absmax_scale: Tensor | None
-    absmax_code: Tensor | None
-    absmax_offset: Tensor | None
-    code: Tensor
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-
-
-class Layer(NamedTuple):
-    """The tensors of one decoder layer."""
-
-    input_norm: Tensor
-    post_norm: Tensor
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    gate: Linear
-    up: Linear
-    down: Linear
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class Sizes:
         eps: Epsilon of the norms.
         activation: Approximation of GELU, "tanh" or "none".
         scaling: `lora_alpha / r`.
-        block_size: Weights that share a constant.
+        block_size: Weights that share a constant, where they are in 4 bits.
         weight_scale: Factor that brings the weights into the range of 8-bit floats; 0 for none.
         dropout: Share of the inputs of an adapter that are dropped, others for each token.
         keep_weights: Whether a dequantised weight may be kept for the backward pass.
@@ -122,97 +113,6 @@ def disable_fused(model: nn.Module) -> None:
     vars(find_backbone(model)).pop(FAST_PATH, None)
 
 
-def why_not_fused(model: nn.Module) -> str | None:
-    """Why a model cannot take the fast path.
-
-    Args:
-        model: A quantised Gemma, with or without an adapter.
-
-    Returns:
-        The reason, to follow "because"; None if it can.
-    """
-    device = next(find_backbone(model).parameters()).device
-    if device.type not in ("cuda", "cpu"):
-        return f"the model is on {device.type}, not on CUDA or the CPU"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU has no bfloat16 matrix units (compute capability below 8.0)"
-    return why_other_layers(model) or (why_no_kernels(model) if device.type == "cuda" else None)
-
-
-def why_other_layers(model: nn.Module) -> str | None:
-    """Why a model is none whose layers the fast path computes, wherever it is."""
-    backbone = find_backbone(model)
-    config: Any = backbone.config
-    if config.model_type != "gemma":
-        return f"it is made for Gemma 1, not for {config.model_type}"
-    if config.hidden_act not in ("gelu", "gelu_pytorch_tanh") or config.attention_bias:
-        return "the activation or the attention bias is not Gemma's"
-    adapters, dtypes = set(), set()
-    for name, module in _linears(backbone):
-        base = getattr(module, "base_layer", module)
-        state = getattr(getattr(base, "weight", None), "quant_state", None)
-        if state is None or base.bias is not None:
-            return f"{name} is not stored in 4 bits without bias"
-        if state.nested and state.state2.blocksize != 256:
-            return "the block constants are not quantised in blocks of 256"
-        dtypes.add(base.compute_dtype)
-        if (reason := _why_not_folded(module)) is not None:
-            return reason
-        if hasattr(module, "base_layer"):
-            adapters.add(_scaling_and_dropout(module))
-    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float32}:
-        return "it computes all layers in bfloat16 or all in float32"
-    others = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
-    if others:
-        return f"{others[0]} is trained, which is no part of a LoRA adapter"
-    if len(adapters) > 1:
-        return "the adapter's scaling or dropout differs between layers"
-    return None
-
-
-def why_no_kernels(model: nn.Module) -> str | None:
-    """Why the kernels for CUDA do not take the layers of a model that the fast path computes."""
-    for name, module in _linears(find_backbone(model)):
-        base = getattr(module, "base_layer", module)
-        out_features, in_features = base.weight.quant_state.shape
-        if base.compute_dtype != torch.bfloat16 or base.weight.quant_state.blocksize > 128:
-            return "it computes in bfloat16 with blocks of at most 128 weights"
-        if out_features % 64 or in_features % 128:
-            return f"{name} is {out_features} x {in_features}, not a multiple of 64 x 128"
-        rank = module.r["default"] if hasattr(module, "base_layer") else MIN_RANK
-        if rank > 64 or rank & (rank - 1):
-            return f"the rank {rank} is not a power of two up to 64"
-    return None
-
-
-def _linears(backbone: Any, number: int | None = None) -> Iterator[tuple[str, Any]]:
-    """The linear layers of one decoder layer or of all, with their names within its halves."""
-    for layer in backbone.layers if number is None else [backbone.layers[number]]:
-        for name in LINEARS:
-            yield name, getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
-
-
-def _why_not_folded(module: nn.Module) -> str | None:
-    """Why a layer's adapter, if it has one, cannot take the fast path."""
-    if not hasattr(module, "base_layer"):
-        return None
-    if not hasattr(module, "lora_A") or type(module).__name__ not in ("Linear4bit", "Linear"):
-        return f"the adapter is a {type(module).__name__}, not plain LoRA"
-    adapter: Any = module
-    if list(adapter.lora_A) != ["default"] or adapter.active_adapters != ["default"]:
-        return "there is more than one adapter"
-    if adapter.disable_adapters or adapter.merged:
-        return "the adapter is switched off or merged"
-    if adapter.lora_variant or adapter.lora_bias["default"]:
-        return "the adapter is a variant of LoRA"
-    return None
-
-
-def _scaling_and_dropout(adapter: Any) -> tuple[float, float]:
-    dropout = getattr(adapter.lora_dropout["default"], "p", 0.0)  # Identity has none
-    return float(adapter.scaling["default"]), float(dropout)
-
-
 class FusedBackbone:
     """The fast path of one model; reads its weights in place and copies none.
 
@@ -245,13 +145,13 @@ class FusedBackbone:
         self._backbone: Any = find_backbone(model)
         config = self._backbone.config
         adapter, largest, block_size, dtype = (0.0, 0.0), 0.0, 64, torch.bfloat16
-        for _, module in _linears(self._backbone):
-            base = getattr(module, "base_layer", module)
-            state = base.weight.quant_state
-            block_size, dtype = state.blocksize, base.compute_dtype
-            largest = max(largest, float(_largest_weight(state))) if float8 else 0.0
-            if hasattr(module, "lora_A"):
-                adapter = _scaling_and_dropout(module)
+        for _, module in linears(self._backbone):
+            state = getattr(getattr(module, "base_layer", module).weight, "quant_state", None)
+            block_size = block_size if state is None else state.blocksize
+            dtype = compute_dtype(module)
+            largest = max(largest, float(largest_weight(module))) if float8 else 0.0
+            if isinstance(module, LoraLayer | VeraLayer):
+                adapter = scaling_and_dropout(module)
         self.sizes = Sizes(
             num_heads=config.num_attention_heads,
             head_dim=config.head_dim,
@@ -270,16 +170,8 @@ class FusedBackbone:
             keep_weights=not gradient_checkpointing,
             dtype=dtype,
         )
-        self.layers = [_layer(layer) for layer in self._backbone.layers]
-        self._seen = next(
-            (
-                number
-                for number in range(len(self.layers))
-                if any(hasattr(m, "lora_A") for _, m in _linears(self._backbone, number))
-            ),
-            0,
-        )
-        self._folded = [module for _, module in _linears(self._backbone, self._seen)]
+        self.layers = [read_layer(layer) for layer in self._backbone.layers]
+        self._folded = adapted_modules(self._backbone)
         self.row_dropout = adapter[1] if dropout_per == "row" else 0.0
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -301,9 +193,9 @@ class FusedBackbone:
 
         Looked up in one layer: peft changes them together.
         """
-        now = (module for _, module in _linears(self._backbone, self._seen))
+        now = adapted_modules(self._backbone)
         return all(
-            module is folded and _why_not_folded(module) is None
+            module is folded and why_not_folded(module) is None
             for module, folded in zip(now, self._folded, strict=True)
         )
 
@@ -358,11 +250,11 @@ class FusedBackbone:
         run = self._recomputed if learning and self.gradient_checkpointing else self._run
         layers = self.layers
         if training and self.row_dropout:
-            layers = [_without_some_columns(layer, self.row_dropout) for layer in layers]
+            layers = [without_some_columns(layer, self.row_dropout) for layer in layers]
         for index, layer in enumerate(layers):
             keep = row.keep if index == len(self.layers) - 1 else None
             hidden = run(hidden, layer, boundaries, cosine, sine, keep, sizes)
-        return rms_norm(hidden, self._backbone.norm.weight, self.sizes.eps)
+        return rms_norm(hidden, norm_weight(self._backbone.norm), self.sizes.eps)
 
     def _recomputed(
         self,
@@ -467,7 +359,7 @@ def attention_block(
     attended = _attention(query, key, value, boundaries, sizes)
     if keep is not None:
         hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)
-    if _adds_in_place(hidden, sizes):
+    if _adds_in_place(hidden, layer.o, sizes):
         hidden = hidden.clone()  # the input is the caller's
     return _add_linear(hidden, attended, layer.o, sizes.width, width, sizes)
 
@@ -543,43 +435,66 @@ def rotate(
 
 
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
-    a, b = linear.lora_a, linear.lora_b
+    stored, adapter = linear
+    if adapter.input_scale is not None:
+        x = (x.float() * adapter.input_scale.flatten().float()).to(x.dtype)
+    a, b = _factors(adapter, sizes)
+    fixed = (out_features, in_features, sizes)
     if sizes.dropout and a is not None and b is not None:
         # Only what the adapter reads is dropped, so it cannot be folded into the weight.
-        down = F.dropout(x, sizes.dropout) @ a.to(sizes.dtype).t()
-        plain = _FoldedLinear.apply(x, None, None, *linear[:6], out_features, in_features, sizes)
-        return torch.addmm(plain, down, b.to(sizes.dtype).t(), alpha=sizes.scaling)
-    a, b = _factors(linear, sizes)
-    return _FoldedLinear.apply(x, a, b, *linear[:6], out_features, in_features, sizes)
+        down = F.dropout(x, sizes.dropout) @ a.t()
+        plain = _FoldedLinear.apply(x, None, None, *stored, *fixed, False)
+        return torch.addmm(plain, down, b.t(), alpha=sizes.scaling)
+    if adapter.magnitude is not None:
+        y, lengths = _FoldedLinear.apply(x, a, b, *stored, *fixed, True)
+        return (y.float() * (adapter.magnitude.float() / lengths)).to(y.dtype)
+    y = _FoldedLinear.apply(x, a, b, *stored, *fixed, False)
+    if adapter.output_scale is not None:
+        y = (y.float() * adapter.output_scale.flatten().float()).to(y.dtype)
+    return y
 
 
-def _factors(linear: Linear, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
-    """The adapter's two matrices, of a rank that the matrix units multiply."""
-    if linear.lora_a is None or linear.lora_b is None:
+def _factors(adapter: Adapter, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
+    """The adapter's two matrices with their scales, of a rank that the matrix units multiply."""
+    a, b = adapter.lora_a, adapter.lora_b
+    if a is None or b is None:
         return None, None
-    a, b = linear.lora_a.to(sizes.dtype), linear.lora_b.to(sizes.dtype)
-    short = MIN_RANK - a.shape[0]
+    if adapter.rank_scale is not None:
+        scale = adapter.rank_scale.reshape(-1, 1)
+        # As peft has it, with a little more than the number of ranks.
+        a = a * (scale if adapter.rank_count is None else scale / (adapter.rank_count + 1e-5))
+    if adapter.row_scale is not None:
+        b = b * adapter.row_scale[:, None]
+    a, b, rank = a.to(sizes.dtype), b.to(sizes.dtype), a.shape[0]
+    short = max(MIN_RANK, 1 << (rank - 1).bit_length()) - rank if rank <= MAX_RANK else 0
     return (F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))) if short > 0 else (a, b)
 
 
-def _adds_in_place(hidden: Tensor, sizes: Sizes) -> bool:
-    return hidden.is_cuda and not torch.is_grad_enabled() and not sizes.weight_scale
+def _adds_in_place(hidden: Tensor, linear: Linear, sizes: Sizes) -> bool:
+    as_it_is = linear.adapter.magnitude is None and linear.adapter.output_scale is None
+    learns = torch.is_grad_enabled() or bool(sizes.weight_scale)
+    return hidden.is_cuda and as_it_is and not learns
 
 
 def _add_linear(
     hidden: Tensor, x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes
 ) -> Tensor:
     """`hidden + _linear(x)`; in place where `_adds_in_place`."""
-    if not _adds_in_place(hidden, sizes):
+    if not _adds_in_place(hidden, linear, sizes):
         return hidden + _linear(x, linear, out_features, in_features, sizes)
+    if linear.adapter.input_scale is not None:
+        x = (x.float() * linear.adapter.input_scale.flatten().float()).to(x.dtype)
     fixed = (out_features, in_features, sizes)
-    weight = _weight(linear[:6], *_factors(linear, sizes), fixed, backward=False)
+    weight = _weight(linear.stored, *_factors(linear.adapter, sizes), fixed, backward=False)
     torch.ops.medqlora.add_product_(hidden, x, weight)
     return hidden
 
 
 class _FoldedLinear(torch.autograd.Function):
-    """`x @ (W + scaling * B A).T`, with W dequantised on the way forward and on the way back."""
+    """`x @ (W + scaling * B A).T`, with W dequantised on the way forward and on the way back.
+
+    With the lengths of the rows of that weight, which have no gradient, where they are asked for.
+    """
 
     @staticmethod
     def forward(
@@ -588,21 +503,26 @@ class _FoldedLinear(torch.autograd.Function):
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         packed: Tensor,
-        absmax: Tensor,
+        absmax: Tensor | None,
         absmax_scale: Tensor | None,
         absmax_code: Tensor | None,
         absmax_offset: Tensor | None,
-        code: Tensor,
+        code: Tensor | None,
         out_features: int,
         in_features: int,
         sizes: Sizes,
-    ) -> Tensor:
-        stored = (packed, absmax, absmax_scale, absmax_code, absmax_offset, code)
+        with_lengths: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        stored = Stored(packed, absmax, absmax_scale, absmax_code, absmax_offset, code)
         ctx.fixed = (out_features, in_features, sizes)
         weight = _weight(stored, lora_a, lora_b, ctx.fixed, backward=False)
         kept = weight if sizes.keep_weights and not x.is_cuda else None
         ctx.save_for_backward(x, lora_a, lora_b, kept, *stored)
-        return _product(x, weight, sizes)
+        if not with_lengths:
+            return _product(x, weight, sizes)
+        lengths = weight.float().norm(dim=1) / (sizes.weight_scale or 1.0)
+        ctx.mark_non_differentiable(lengths)
+        return _product(x, weight, sizes), lengths
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -614,13 +534,13 @@ class _FoldedLinear(torch.autograd.Function):
             # Row-major operands of the product grad @ weight; 8-bit products want both along the
             # sum.
             if weight is None:
-                weight = _weight(tuple(stored), lora_a, lora_b, ctx.fixed, backward=True)
+                weight = _weight(Stored(*stored), lora_a, lora_b, ctx.fixed, backward=True)
             else:
                 weight = weight.t()
             grad_x = _product(grad, weight, sizes)
         if lora_a is not None and ctx.needs_input_grad[1]:
             # The wider of input and gradient is passed over once, the other one twice.
-            if not x.is_cuda:
+            if not x.is_cuda or lora_a.shape[0] > MAX_RANK:
                 grad_a = matmul(matmul(grad, lora_b).t(), x)
                 grad_b = matmul(matmul(x, lora_a.t()).t(), grad).t()
             elif x.shape[1] > grad.shape[1]:
@@ -631,7 +551,7 @@ class _FoldedLinear(torch.autograd.Function):
                 grad_a = grad_down.t() @ x
             grad_a = (grad_a * sizes.scaling).to(lora_a.dtype)
             grad_b = (grad_b * sizes.scaling).to(lora_b.dtype)
-        return grad_x, grad_a, grad_b, *([None] * 9)
+        return grad_x, grad_a, grad_b, *([None] * 10)
 
 
 def _gradients(wide: Tensor, narrow: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -641,7 +561,7 @@ def _gradients(wide: Tensor, narrow: Tensor, factor: Tensor) -> tuple[Tensor, Te
 
 
 def _weight(
-    stored: tuple[Any, ...],
+    stored: Stored,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     fixed: tuple[int, int, Sizes],
@@ -651,19 +571,22 @@ def _weight(
     """The effective weight as (output, input) of the product it is for."""
     out_features, in_features, sizes = fixed
     float8 = sizes.weight_scale > 0
-    weight = torch.ops.medqlora.effective_weight(
-        *stored,
-        lora_a,
-        lora_b,
-        sizes.scaling,
-        out_features,
-        in_features,
-        sizes.block_size,
-        sizes.weight_scale if float8 else 1.0,
-        torch.float8_e4m3fn if float8 else sizes.dtype,
-        backward and float8,
-        backward and not sizes.keep_weights,
-    )
+    if stored.code is None and lora_a is None and not float8:
+        weight = stored.packed
+    else:
+        weight = torch.ops.medqlora.effective_weight(
+            *stored,
+            lora_a,
+            lora_b,
+            sizes.scaling,
+            out_features,
+            in_features,
+            sizes.block_size,
+            sizes.weight_scale if float8 else 1.0,
+            torch.float8_e4m3fn if float8 else sizes.dtype,
+            backward and float8,
+            backward and not sizes.keep_weights,
+        )
     return weight.t() if backward and not float8 else weight
 
 
@@ -684,62 +607,3 @@ def _product(x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-
-
-def _layer(layer: Any) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    return Layer(
-        layer.input_layernorm.weight,
-        layer.post_attention_layernorm.weight,
-        *(_stored(getattr(attention if name[0] in "qkvo" else mlp, name)) for name in LINEARS),
-    )
-
-
-def _without_some_columns(layer: Layer, share: float) -> Layer:
-    """A layer whose adapters have lost columns of A: the same inputs dropped of all tokens."""
-
-    def dropped(linear: Linear) -> Linear:
-        a = linear.lora_a
-        if a is None:
-            return linear
-        kept = F.dropout(torch.ones(a.shape[1], device=a.device), share)
-        return linear._replace(lora_a=a * kept)
-
-    return layer._replace(
-        **{
-            name: dropped(value)
-            for name, value in layer._asdict().items()
-            if isinstance(value, Linear)
-        }
-    )
-
-
-def adapter_dropout(model: nn.Module) -> float:
-    """Share of its inputs that the adapter of a model drops in training."""
-    adapters = (m for m in find_backbone(model).modules() if hasattr(m, "lora_dropout"))
-    return max((_scaling_and_dropout(adapter)[1] for adapter in adapters), default=0.0)
-
-
-def _stored(module: Any) -> Linear:
-    base = getattr(module, "base_layer", module)
-    state = base.weight.quant_state
-    nested = state.nested
-    has_adapter = hasattr(module, "lora_A")
-    return Linear(
-        base.weight.data,
-        state.absmax,
-        state.state2.absmax if nested else None,
-        state.state2.code if nested else None,
-        state.offset if nested else None,
-        state.code,
-        module.lora_A["default"].weight if has_adapter else None,
-        module.lora_B["default"].weight if has_adapter else None,
-    )
-
-
-def _largest_weight(state: Any) -> Tensor:
-    if not state.nested:
-        return state.absmax.max()
-    import bitsandbytes.functional as bnb
-
-    return (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).max()

@@ -102,7 +102,7 @@ def estimate_training_memory(
                      product. Of the last layer the MLP runs on the scored tokens only. The
                      dequantised weights are kept as well, b n, as computing them again takes longer
                      than reading them; not so with 8-bit floats, whose two passes want them in two
-                     layouts.
+                     layouts, nor in 16 bit without LoRA, where they are the base's own.
                      T b ((5 d + q + 2 k) + (2 d + 4 m)) through plain layers, which keep the
                      activation apart
         dropout      drawn for each token: of every adapter its dropped input and a byte a number
@@ -126,13 +126,14 @@ def estimate_training_memory(
         token_budget: Tokens a row.
         weight_bits: Bits a weight of the linear layers, constants included; 16 unquantised.
         embedding_bits: Bits a weight of the embedding, which is also the head.
-        r: Rank of LoRA on all seven linear layers; 0 without adapter.
+        r: Rank of LoRA on all seven linear layers; 0 without it. A method that trains few numbers,
+            such as IA3, has next to nothing to add.
         adapter_bytes: Bytes a weight of the adapter.
         optimizer_bytes: Bytes of optimiser state a weight of the adapter: 2 for 8-bit Adam, 8 for
             Adam in float32.
         compute_bytes: Bytes of a number in `quant.compute_dtype`.
         gradient_checkpointing: What is computed again backwards.
-        fused: Whether layers run on the fast path (CUDA, 4 bit, plain LoRA).
+        fused: Whether layers run on the fast path.
         float8: Whether it multiplies in 8-bit floats.
         token_dropout: Whether the adapter drops inputs, others for each token.
 
@@ -164,7 +165,8 @@ def estimate_training_memory(
             mlp += dropped_mlp - d - m
         if not again:
             kept = layers * attention + (layers - 1) * mlp
-            working = 0 if float8 else layers * a_layer
+            as_stored = weight_bits >= 8 * compute_bytes and not r
+            working = 0 if float8 or as_stored else layers * a_layer
         else:
             kept = layers * (attention + d if again == "mlp" else 2 * d)
             chunk = min(token_budget, max(MIN_CHUNK, -(-token_budget // MLP_CHUNKS)))

@@ -22,6 +22,9 @@ def _is_amd() -> bool:
         return False
 
 
+MAX_RANK = 64
+"""Largest rank that the kernels fold into a weight; libraries multiply what is wider."""
+
 ONEDNN = torch.backends.mkldnn.is_available() and _is_amd()
 """Whether oneDNN multiplies float32 matrices faster than MKL, which holds back on AMD."""
 
@@ -55,11 +58,11 @@ def _kernels() -> ModuleType:
 @torch.library.custom_op("medqlora::effective_weight", mutates_args=())
 def effective_weight(
     packed: Tensor,
-    absmax: Tensor,
+    absmax: Tensor | None,
     absmax_scale: Tensor | None,
     absmax_code: Tensor | None,
     absmax_offset: Tensor | None,
-    code: Tensor,
+    code: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
@@ -74,15 +77,18 @@ def effective_weight(
     """`dequantise(packed) + scaling * lora_b @ lora_a`, rounded once, at the end.
 
     The base weight lies anywhere between two 16-bit numbers before that rounding, so an adapter
-    whose change is smaller than their distance still moves the right share of the weights.
+    whose change is smaller than their distance still moves the right share of the weights. Of a
+    rank above `MAX_RANK` on CUDA it is added to a weight that was rounded before.
 
     Args:
-        packed: 4-bit codes, two a byte, of the row-major (out_features, in_features) weight.
-        absmax: Constant of each block; 8-bit codes where it is quantised again.
+        packed: 4-bit codes, two a byte, of the row-major (out_features, in_features) weight; or
+            the weight itself, in 16 or 32 bit.
+        absmax: Constant of each block; 8-bit codes where it is quantised again. None if `packed` is
+            the weight.
         absmax_scale: Constant of each 256 block constants, or None.
         absmax_code: The 256 values of those 8-bit codes, or None.
         absmax_offset: Mean of the block constants, or None.
-        code: The 16 values of the 4-bit codes.
+        code: The 16 values of the 4-bit codes, or None.
         lora_a: (rank, in_features), or None without an adapter.
         lora_b: (out_features, rank), or None.
         scaling: `lora_alpha / r`.
@@ -99,7 +105,8 @@ def effective_weight(
     Returns:
         The weight.
     """
-    if packed.is_cuda:
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    if packed.is_cuda and code is not None and rank <= MAX_RANK:
         return _kernels().effective_weight(
             packed,
             absmax,
@@ -118,23 +125,35 @@ def effective_weight(
             transpose,
             again,
         )
-    library = torch.ops.bitsandbytes
-    if absmax_scale is not None and absmax_offset is not None:
-        absmax = library.dequantize_blockwise(absmax, absmax_scale, absmax_code, 256, torch.float32)
-        absmax = absmax + absmax_offset
-    weight = library.dequantize_4bit(
-        packed,
-        absmax,
-        block_size,
-        "nf4" if float(code[0]) < 0 else "fp4",  # whose first value is 0
-        (out_features, in_features),
-        torch.float32,
-    )
+    if code is None or absmax is None:
+        weight = packed
+    elif packed.is_cuda:
+        stored = packed, absmax, absmax_scale, absmax_code, absmax_offset, code, None, None
+        fixed = scaling, out_features, in_features, block_size, 1.0, torch.bfloat16, False, again
+        weight = _kernels().effective_weight(*stored, *fixed)
+    else:
+        library = torch.ops.bitsandbytes
+        if absmax_scale is not None and absmax_offset is not None:
+            scales = absmax_scale, absmax_code, 256, torch.float32
+            absmax = library.dequantize_blockwise(absmax, *scales) + absmax_offset
+        weight = library.dequantize_4bit(
+            packed,
+            absmax,
+            block_size,
+            "nf4" if float(code[0]) < 0 else "fp4",  # whose first value is 0
+            (out_features, in_features),
+            torch.float32,
+        )
     if lora_a is not None and lora_b is not None:
-        weight = torch.addmm(weight, lora_b.float(), lora_a.float(), alpha=scaling)
+        # In 16 bit the sum of the product is one in 32, rounded with the weight.
+        weight = torch.addmm(
+            weight, lora_b.to(weight.dtype), lora_a.to(weight.dtype), alpha=scaling
+        )
     if out_scale != 1:
         weight = weight * out_scale
     weight = weight.to(dtype)
+    if weight.data_ptr() == packed.data_ptr():
+        weight = weight.clone()
     return weight.t().contiguous() if transpose else weight
 
 

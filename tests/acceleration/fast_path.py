@@ -6,14 +6,37 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 
 from medqlora.acceleration import Acceleration, accelerate, last_hidden, use_packed_attention
+from medqlora.finetuning import attach_adapter
 from medqlora.quantization import QuantConfig, load_base
 from medqlora.schema import IGNORE, PackedBatch
 from tests.quantization.conftest import save_gemma
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS: dict[str, PeftConfig] = {
+    "dora": LoraConfig(r=16, lora_alpha=32, use_dora=True, target_modules=LINEARS),
+    "adalora": AdaLoraConfig(
+        init_r=12, target_r=8, total_step=100, lora_alpha=32, target_modules=LINEARS
+    ),
+    "vera": VeraConfig(r=72, target_modules=LINEARS),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "norms": LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
+}
+"""Relatives of LoRA that the fast path takes; VeRA with a rank that its kernels do not."""
+
 BUDGET, VOCABULARY = 1024, 4096
 LEARNING_RATE = 2e-3
 
@@ -31,20 +54,27 @@ def adapt(
     double_quant: bool = True,
     compute_dtype: str = "bfloat16",
     block_size: int = 64,
+    data_type: str = "nf4",
+    method: str = "lora",
     **lora,
 ) -> PeftModel:
-    """NF4 with an adapter that is not zero."""
-    quant = QuantConfig(
-        "nf4", double_quant=double_quant, compute_dtype=compute_dtype, block_size=block_size
-    )
+    """A base with an adapter that is not at its start: LoRA, or one of `METHODS`."""
+    quant = QuantConfig(data_type, compute_dtype=compute_dtype)
+    if data_type == "nf4":
+        quant = replace(quant, double_quant=double_quant, block_size=block_size)
     base = load_base(folder, quant, device=device)
     use_packed_attention(base)
     torch.manual_seed(0)
     options = {"r": 16, "lora_alpha": 32, "target_modules": LINEARS} | lora
-    model = get_peft_model(base, LoraConfig(**options))
+    if method in METHODS:
+        model = attach_adapter(base, METHODS[method])
+    else:
+        model = get_peft_model(base, LoraConfig(**options))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_E" in name or "vera_lambda_b" in name:
             torch.nn.init.normal_(parameter, std=0.02)
+        elif parameter.requires_grad and "lora_A" not in name:
+            parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
     assert isinstance(model, PeftModel)
     return model
 
@@ -52,10 +82,11 @@ def adapt(
 def set_dropout(model, share: float) -> None:
     """Dropout in front of every adapter of a model, in place."""
     for module in model.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout["default"] = (
-                torch.nn.Dropout(share) if share else torch.nn.Identity()
-            )
+        for kind in ("lora_dropout", "vera_dropout"):
+            if hasattr(module, kind):
+                getattr(module, kind)["default"] = (
+                    torch.nn.Dropout(share) if share else torch.nn.Identity()
+                )
 
 
 def rows(
@@ -153,9 +184,10 @@ def distance(a: list[float], b: list[float]) -> float:
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
 
 
-def compare_compiled(folder: str) -> None:
+def compare_compiled(folder: str, method: str, data_type: str) -> None:
     """Print how far compiled hidden states and the worst gradient are from those that are not."""
-    row, model = rows(1, prefix=3)[0], adapt(folder, "cpu", compute_dtype="float32")
+    row = rows(1, prefix=3)[0]
+    model = adapt(folder, "cpu", compute_dtype="float32", method=method, data_type=data_type)
     expected, gradients = run(model, row)  # plain layers
     told = accelerate(model, Acceleration(compile="default"), "cpu", BUDGET)
     assert told == "fast path, compile=default", told

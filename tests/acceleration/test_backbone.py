@@ -204,11 +204,12 @@ def test_multiplying_in_8_bits_needs_a_gpu_that_can(capability, fits, monkeypatc
 def test_a_fast_path_that_is_asked_for_and_cannot_be_taken_is_an_error(
     options, asked, tiny_gemma, monkeypatch
 ):
-    """A GPU is there, and this model is none for it: it is kept in 16 bit."""
+    """A GPU is there, and this model is none for it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tiny_gemma.config, "hidden_act", "relu")
     with pytest.raises(ConfigError) as told:
         accelerate(tiny_gemma, Acceleration(compile="none", **options), "cuda", 2048)
-    reason = "because q_proj is not stored in 4 bits"
+    reason = "because the activation or the attention bias is not Gemma's"
     assert f"acceleration.{asked} cannot take effect {reason}" in str(told.value)
 
 
@@ -247,6 +248,7 @@ def test_threads_are_those_that_were_asked_for(tiny_gemma):
         torch.set_num_threads(before)
 
 
-def test_on_the_cpu_a_model_in_16_bit_runs_as_it_is(tiny_gemma):
+def test_on_the_cpu_a_model_of_another_kind_runs_as_it_is(tiny_gemma, monkeypatch):
+    monkeypatch.setattr(tiny_gemma.config, "model_type", "gemma2")
     told = accelerate(tiny_gemma, Acceleration(), "cpu", 2048)
-    assert told == "plain layers (q_proj is not stored in 4 bits without bias), compile=none"
+    assert told == "plain layers (it is made for Gemma 1, not for gemma2), compile=none"

@@ -1,0 +1,333 @@
+"""What the fast path reads of a model: which models it takes, and the tensors of their layers.
+
+Every adapter that it takes turns a linear layer into one matrix and scales of its inputs and
+outputs:
+
+    y = output_scale * (x * input_scale) @ (W + scaling * (row_scale * B) (rank_scale * A)).T
+
+LoRA has A and B. AdaLoRA (Zhang et al. 2023, arXiv:2303.10512) scales each rank, by its singular
+value over the number of ranks; VeRA (Kopiczko et al. 2024, arXiv:2310.11454) each rank and each row
+of matrices that all layers share. DoRA (Liu et al. 2024, arXiv:2402.09353) gives each row of the
+sum a length. IA3 (Liu et al. 2022, arXiv:2205.05638) has scales of outputs, and in the MLP of
+inputs, only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.ia3.layer import IA3Layer
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera.layer import VeraLayer
+from torch import Tensor, nn
+
+from medqlora.acceleration.backbone import find_backbone
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+_ADAPTER = "default"
+_FOLDED = (LoraLayer, VeraLayer, IA3Layer, LNTuningLayer)
+_TRAINED = (".lora_", ".vera_lambda_", ".ia3_l.", ".ln_tuning_layers.")
+"""In the names of what those train."""
+
+
+class Stored(NamedTuple):
+    """The base's weight in 4 bits, see `operators.effective_weight`; or `packed` is all of it."""
+
+    packed: Tensor
+    absmax: Tensor | None = None
+    absmax_scale: Tensor | None = None
+    absmax_code: Tensor | None = None
+    absmax_offset: Tensor | None = None
+    code: Tensor | None = None
+
+
+class Adapter(NamedTuple):
+    """The tensors of one layer's adapter, those that its method has.
+
+    Attributes:
+        lora_a: (rank, in_features).
+        lora_b: (out_features, rank).
+        rank_scale: Factors on the rows of `lora_a`, of any shape with as many numbers.
+        rank_count: One number that the product is divided by.
+        row_scale: (out_features,), factors on the rows of `lora_b`.
+        magnitude: (out_features,), lengths of the rows of weight and product together.
+        input_scale: Factors on the layer's input, of any shape with as many numbers.
+        output_scale: Likewise on its output.
+    """
+
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    rank_scale: Tensor | None = None
+    rank_count: Tensor | None = None
+    row_scale: Tensor | None = None
+    magnitude: Tensor | None = None
+    input_scale: Tensor | None = None
+    output_scale: Tensor | None = None
+
+
+class Linear(NamedTuple):
+    """One linear layer and its adapter."""
+
+    stored: Stored
+    adapter: Adapter
+
+
+class Layer(NamedTuple):
+    """The tensors of one decoder layer."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+# --- which models it takes ------------------------------------------------------------------------
+
+
+def why_not_fused(model: nn.Module) -> str | None:
+    """Why a model cannot take the fast path.
+
+    Args:
+        model: A Gemma, with or without an adapter.
+
+    Returns:
+        The reason, to follow "because"; None if it can.
+    """
+    device = next(find_backbone(model).parameters()).device
+    if device.type not in ("cuda", "cpu"):
+        return f"the model is on {device.type}, not on CUDA or the CPU"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU has no bfloat16 matrix units (compute capability below 8.0)"
+    return why_other_layers(model) or (why_no_kernels(model) if device.type == "cuda" else None)
+
+
+def why_other_layers(model: nn.Module) -> str | None:
+    """Why a model is none whose layers the fast path computes, wherever it is."""
+    backbone = find_backbone(model)
+    config: Any = backbone.config
+    if config.model_type != "gemma":
+        return f"it is made for Gemma 1, not for {config.model_type}"
+    if config.hidden_act not in ("gelu", "gelu_pytorch_tanh") or config.attention_bias:
+        return "the activation or the attention bias is not Gemma's"
+    adapters, dtypes = set(), set()
+    for name, module in linears(backbone):
+        base = getattr(module, "base_layer", module)
+        state = getattr(getattr(base, "weight", None), "quant_state", None)
+        if (state is None and not _is_whole(base)) or base.bias is not None:
+            return f"{name} is stored neither in 4 bits nor in 16 or 32, or has a bias"
+        if state is not None and state.nested and state.state2.blocksize != 256:
+            return "the block constants are not quantised in blocks of 256"
+        dtypes.add(compute_dtype(module))
+        if (reason := why_not_folded(module)) is not None:
+            return reason
+        if isinstance(module, LoraLayer | VeraLayer):
+            adapters.add(scaling_and_dropout(module))
+    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float32}:
+        return "it computes all layers in bfloat16 or all in float32"
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    others = [name for name in trained if not any(part in name for part in _TRAINED)]
+    if others:
+        return f"{others[0]} is trained, which is no part of an adapter that it folds"
+    norms = [norm for number in range(len(backbone.layers)) for norm in _norms(backbone, number)]  # type: ignore[arg-type]
+    for norm in [*norms, backbone.norm]:
+        if (reason := why_not_folded(norm)) is not None:
+            return reason
+    if len(adapters) > 1:
+        return "the adapter's scaling or dropout differs between layers"
+    return None
+
+
+def why_no_kernels(model: nn.Module) -> str | None:
+    """Why the kernels for CUDA do not take the layers of a model that the fast path computes."""
+    for name, module in linears(find_backbone(model)):
+        base = getattr(module, "base_layer", module)
+        state = getattr(base.weight, "quant_state", None)
+        if compute_dtype(module) != torch.bfloat16 or (state and state.blocksize > 128):
+            return "it computes in bfloat16 with blocks of at most 128 weights"
+        if base.out_features % 64 or base.in_features % 128:
+            size = f"{base.out_features} x {base.in_features}"
+            return f"{name} is {size}, not a multiple of 64 x 128"
+    return None
+
+
+def why_not_folded(module: Any) -> str | None:
+    """Why the adapter of a linear layer or of a norm, if there is one, cannot be folded."""
+    if not isinstance(module, BaseTunerLayer):
+        return None
+    adapter: Any = module
+    if not isinstance(module, _FOLDED):
+        return f"the adapter is of a kind that it does not fold ({type(module).__module__})"
+    names = [name for part in adapter.adapter_layer_names for name in getattr(adapter, part)]
+    if set(names) != {_ADAPTER} or adapter.active_adapters != [_ADAPTER]:
+        return "there is more than one adapter"
+    if adapter.disable_adapters or adapter.merged:
+        return "the adapter is switched off or merged"
+    if isinstance(module, LoraLayer):
+        variant = adapter.lora_variant.get(_ADAPTER)
+        if adapter.lora_bias.get(_ADAPTER) or (variant is not None and not _has_magnitude(adapter)):
+            return "the adapter is a variant of LoRA"
+        if _has_magnitude(adapter) and scaling_and_dropout(adapter)[1]:
+            return "DoRA with dropout drops what the base reads as well"
+    return None
+
+
+def _has_magnitude(adapter: Any) -> bool:
+    variant = adapter.lora_variant.get(_ADAPTER)
+    return type(variant).__name__ == "DoraLinearVariant"
+
+
+def _is_whole(base: Any) -> bool:
+    """Whether a layer's weight is an ordinary matrix of 16 or 32 bit."""
+    return (
+        type(base) is nn.Linear
+        and type(base.weight.data) is Tensor
+        and base.weight.dtype in (torch.bfloat16, torch.float32)
+    )
+
+
+# --- what it reads --------------------------------------------------------------------------------
+
+
+def linears(backbone: Any, number: int | None = None) -> Iterator[tuple[str, Any]]:
+    """The linear layers of one decoder layer or of all, with their names within its halves."""
+    for layer in backbone.layers if number is None else [backbone.layers[number]]:
+        for name in LINEARS:
+            yield name, getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
+
+
+def _norms(backbone: Any, number: int) -> list[Any]:
+    return [getattr(backbone.layers[number], name) for name in NORMS]
+
+
+def adapted_modules(backbone: Any) -> list[Any]:
+    """The linear layers and norms of the first decoder layer with an adapter, else of the first."""
+
+    def modules(number: int) -> list[Any]:
+        return [*(module for _, module in linears(backbone, number)), *_norms(backbone, number)]
+
+    for number in range(len(backbone.layers)):
+        if any(isinstance(module, BaseTunerLayer) for module in modules(number)):
+            return modules(number)
+    return modules(0)
+
+
+def compute_dtype(module: Any) -> torch.dtype:
+    """What a linear layer computes in."""
+    base = getattr(module, "base_layer", module)
+    return getattr(base, "compute_dtype", None) or base.weight.dtype
+
+
+def scaling_and_dropout(adapter: Any) -> tuple[float, float]:
+    """The factor on the product of A and B, and the share of inputs that is dropped."""
+    is_lora = isinstance(adapter, LoraLayer)
+    dropout = (adapter.lora_dropout if is_lora else adapter.vera_dropout)[_ADAPTER]
+    scaling = float(adapter.scaling[_ADAPTER]) if is_lora else 1.0
+    return scaling, float(getattr(dropout, "p", 0.0))  # Identity has none
+
+
+def adapter_dropout(model: nn.Module) -> float:
+    """Share of its inputs that the adapter of a model drops in training."""
+    adapters = (m for m in find_backbone(model).modules() if isinstance(m, LoraLayer | VeraLayer))
+    return max((scaling_and_dropout(adapter)[1] for adapter in adapters), default=0.0)
+
+
+def read_layer(layer: Any) -> Layer:
+    """The tensors of a decoder layer, in place."""
+    return Layer(
+        norm_weight(layer.input_layernorm),
+        norm_weight(layer.post_attention_layernorm),
+        *(
+            Linear(_stored(module), _adapter(module))
+            for name in LINEARS
+            for module in [getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)]
+        ),
+    )
+
+
+def norm_weight(norm: Any) -> Tensor:
+    """The weight of a norm, or of the one that is trained in its place."""
+    trained: Any = norm.ln_tuning_layers[_ADAPTER] if isinstance(norm, LNTuningLayer) else norm
+    return trained.weight
+
+
+def _stored(module: Any) -> Stored:
+    base = getattr(module, "base_layer", module)
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return Stored(base.weight)
+    nested = state.nested
+    return Stored(
+        base.weight.data,
+        state.absmax,
+        state.state2.absmax if nested else None,
+        state.state2.code if nested else None,
+        state.offset if nested else None,
+        state.code,
+    )
+
+
+def _adapter(layer: nn.Module) -> Adapter:
+    module: Any = layer
+    if isinstance(layer, AdaLoraLayer):
+        a, b, values = (getattr(module, f"lora_{kind}")[_ADAPTER] for kind in "ABE")
+        return Adapter(a, b, rank_scale=values, rank_count=module.ranknum[_ADAPTER])
+    if isinstance(layer, LoraLayer):
+        a, b = module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight
+        lengths = module.lora_magnitude_vector
+        magnitude = lengths[_ADAPTER].weight if _has_magnitude(module) else None
+        return Adapter(a, b, magnitude=magnitude)
+    if isinstance(layer, VeraLayer):
+        on_ranks, on_rows = module.vera_lambda_d[_ADAPTER], module.vera_lambda_b[_ADAPTER]
+        shared_a, shared_b = (t[_ADAPTER] for t in (module.vera_A, module.vera_B))
+        a = shared_a[:, : module.in_features].to(on_ranks.device)
+        b = shared_b[: module.out_features].to(on_rows.device)
+        return Adapter(a, b, rank_scale=on_ranks, row_scale=on_rows)
+    if isinstance(layer, IA3Layer):
+        scale = module.ia3_l[_ADAPTER]
+        return Adapter(**{"input_scale" if module.is_feedforward else "output_scale": scale})
+    return Adapter()
+
+
+def largest_weight(module: Any) -> Tensor:
+    """The largest absolute weight of a layer's base; where it is in 4 bits, of any block."""
+    base = getattr(module, "base_layer", module)
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight.detach().abs().max()
+    if not state.nested:
+        return state.absmax.max()
+    import bitsandbytes.functional as bnb
+
+    return (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).max()
+
+
+def without_some_columns(layer: Layer, share: float) -> Layer:
+    """A layer whose adapters have lost columns of A: the same inputs dropped of all tokens."""
+
+    def dropped(linear: Linear) -> Linear:
+        a = linear.adapter.lora_a
+        if a is None:
+            return linear
+        kept = F.dropout(torch.ones(a.shape[1], device=a.device), share)
+        return linear._replace(adapter=linear.adapter._replace(lora_a=a * kept))
+
+    return layer._replace(
+        **{
+            name: dropped(value)
+            for name, value in layer._asdict().items()
+            if isinstance(value, Linear)
+        }
+    )
