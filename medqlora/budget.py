@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from medqlora import instantiation, pipeline
 from medqlora.acceleration import one_stream
 from medqlora.acceleration.backbone import Checkpointing
+from medqlora.acceleration.folding import LINEARS
 from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
 from medqlora.errors import ConfigError, ModelError
 from medqlora.evaluation import hardware, versions
@@ -130,6 +131,9 @@ def estimated_peak(
     peft: Any = OmegaConf.to_container(cfg.peft, resolve=True) if cfg.peft else {}
     method = str(peft.get("_target_", "")).rpartition(".")[2]
     ranks = {"": 16, "LoraConfig": peft.get("r"), "AdaLoraConfig": peft.get("init_r")}
+    rank = int(ranks.get(method, method == "VeraConfig"))
+    names = peft.get("target_modules")
+    targets = set(LINEARS) & set(names) if isinstance(names, list) else set(LINEARS)
     embedding = {
         "bf16": 8.0 * quant.torch_dtype.itemsize,
         "int8": 8.0,
@@ -148,7 +152,8 @@ def estimated_peak(
         token_budget=token_budget,
         weight_bits=quant.bits,
         embedding_bits=embedding,
-        r=int(ranks.get(method) or 0),
+        r=rank,
+        targets=targets if rank else (),
         compute_bytes=quant.torch_dtype.itemsize,
         gradient_checkpointing=gradient_checkpointing,
         fused=fused,

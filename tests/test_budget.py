@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medqlora import budget, instantiation, pipeline
+from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
 from medqlora.budget import largest_that_fits, random_row, with_token_budget
 from medqlora.config import compose
 from medqlora.errors import ConfigError
@@ -76,6 +77,33 @@ def test_rows_that_cannot_fit_are_refused_before_anything_is_loaded(gpu_of, capl
     with caplog.at_level("INFO", logger="medqlora"):
         assert with_token_budget(cfg) is cfg
     assert "about 40.9 GB of the 80.0 GB" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["peft=lora_r4"], {"r": 4}),
+        (["peft=dora_r16"], {}),
+        (["peft=adalora"], {"r": 24}),
+        (["peft=vera"], {"r": 1}),
+        (["peft=ia3"], {"r": 0, "targets": ()}),
+        (["peft=norms"], {"r": 0, "targets": ()}),
+        (["peft=none"], {"r": 0, "targets": ()}),
+        (["peft=lora_attention"], {"targets": ("q_proj", "v_proj")}),
+        (["peft=oft"], {"r": 0, "targets": (), "fused": False}),
+        (["quant=none"], {"weight_bits": 16}),
+        (["quant=int8"], {"weight_bits": 8 + 16 / 2048, "fused": False}),
+        (["quant=nf4_full"], {"embedding_bits": 4.127}),
+        (["acceleration.fused=off"], {"fused": False}),
+    ],
+)
+def test_the_estimate_is_that_of_the_adapter_and_the_storage(gpu_of, options, expected):
+    """Peaks that were measured for most of them stand in `acceleration/test_memory.py`."""
+    gpu_of(80)
+    cfg = compose("train", ["model.path=/nowhere", *options])
+    peak = budget.estimated_peak(cfg, 2048)
+    estimate = estimate_training_memory(KNOWN_SHAPES["gemma-2b"], token_budget=2048, **expected)
+    assert peak == pytest.approx(estimate.total_gb, rel=2e-3)
 
 
 @pytest.mark.parametrize(("gb", "tokens"), [(80, 65_536), (8, 65_536), (0.1, 2048)])

@@ -1,4 +1,4 @@
-"""Triton kernels for NF4 weights under LoRA and for attention within short questions.
+"""Triton kernels for weights under LoRA, in 4 bits or whole, and for attention of short questions.
 
 Imported on CUDA only, by `operators`, which says what each function computes, also in plain torch.
 """
@@ -33,6 +33,7 @@ def _effective_weight(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
     NESTED: tl.constexpr,
     FOLD: tl.constexpr,
     TRANSPOSE: tl.constexpr,
@@ -40,23 +41,26 @@ def _effective_weight(
     row_block, column_block = tl.program_id(0), tl.program_id(1)
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_block * BLOCK_K + tl.arange(0, BLOCK_K)
-    # Two weights a byte, the first in the high half.
-    bytes_ = column_block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    byte = tl.load(packed + rows[:, None] * (K // 2) + bytes_[None, :]).to(tl.int32)
-    weight = tl.reshape(
-        tl.join(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))), (BLOCK_N, BLOCK_K)
-    )
-    blocks = column_block * (BLOCK_K // BLOCK) + tl.arange(0, BLOCK_K // BLOCK)
-    block = rows[:, None] * (K // BLOCK) + blocks[None, :]
-    if NESTED:
-        constant = tl.load(absmax_code + tl.load(absmax + block).to(tl.int32))
-        constant = constant * tl.load(absmax_scale + block // 256) + tl.load(absmax_offset)
+    if WHOLE:
+        weight = tl.load(packed + rows[:, None] * K + columns[None, :]).to(tl.float32)
     else:
-        constant = tl.load(absmax + block)
-    weight = tl.reshape(
-        tl.reshape(weight, (BLOCK_N, BLOCK_K // BLOCK, BLOCK)) * constant[:, :, None],
-        (BLOCK_N, BLOCK_K),
-    )
+        # Two weights a byte, the first in the high half.
+        bytes_ = column_block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        byte = tl.load(packed + rows[:, None] * (K // 2) + bytes_[None, :]).to(tl.int32)
+        weight = tl.reshape(
+            tl.join(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))), (BLOCK_N, BLOCK_K)
+        )
+        blocks = column_block * (BLOCK_K // BLOCK) + tl.arange(0, BLOCK_K // BLOCK)
+        block = rows[:, None] * (K // BLOCK) + blocks[None, :]
+        if NESTED:
+            constant = tl.load(absmax_code + tl.load(absmax + block).to(tl.int32))
+            constant = constant * tl.load(absmax_scale + block // 256) + tl.load(absmax_offset)
+        else:
+            constant = tl.load(absmax + block)
+        weight = tl.reshape(
+            tl.reshape(weight, (BLOCK_N, BLOCK_K // BLOCK, BLOCK)) * constant[:, :, None],
+            (BLOCK_N, BLOCK_K),
+        )
     if FOLD:
         ranks = tl.arange(0, RANK)
         b = tl.load(lora_b + rows[:, None] * RANK + ranks[None, :])
@@ -75,11 +79,11 @@ WEIGHT = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4}
 
 def effective_weight(
     packed: Tensor,
-    absmax: Tensor,
+    absmax: Tensor | None,
     absmax_scale: Tensor | None,
     absmax_code: Tensor | None,
     absmax_offset: Tensor | None,
-    code: Tensor,
+    code: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
@@ -97,13 +101,9 @@ def effective_weight(
     tile = {**WEIGHT, "BLOCK_K": max(WEIGHT["BLOCK_K"], block_size)}
     _effective_weight[(out_features // tile["BLOCK_N"], in_features // tile["BLOCK_K"])](
         packed,
-        absmax,
-        absmax if absmax_scale is None else absmax_scale,
-        absmax if absmax_code is None else absmax_code,
-        absmax if absmax_offset is None else absmax_offset,
-        code,
-        code if lora_a is None else lora_a,
-        code if lora_b is None else lora_b,
+        # What is not there is not read.
+        *(packed if t is None else t for t in (absmax, absmax_scale, absmax_code, absmax_offset)),
+        *(packed if t is None else t for t in (code, lora_a, lora_b)),
         out,
         scaling,
         out_scale,
@@ -111,6 +111,7 @@ def effective_weight(
         in_features,
         RANK=16 if lora_a is None else lora_a.shape[0],
         BLOCK=block_size,
+        WHOLE=code is None,
         NESTED=absmax_scale is not None,
         FOLD=lora_a is not None,
         TRANSPOSE=transpose,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from medqlora.acceleration.backbone import Checkpointing
+from medqlora.acceleration.folding import LINEARS
 from medqlora.acceleration.fused import MIN_CHUNK, MLP_CHUNKS
 
 KNOWN_SHAPES: Mapping[str, Mapping[str, int]] = {
@@ -78,6 +79,7 @@ def estimate_training_memory(
     weight_bits: float = 4.127,
     embedding_bits: float = 16.0,
     r: int = 16,
+    targets: Collection[str] = LINEARS,
     adapter_bytes: int = 4,
     optimizer_bytes: float = 2.0,
     compute_bytes: int = 2,
@@ -93,16 +95,17 @@ def estimate_training_memory(
     linear weights in a layer:
 
         weights      n L weight_bits / 8 + vocabulary d embedding_bits / 8
-        adapter      L r sum(in + out) over the seven linear layers; through plain layers as much
-                     for the gradients. On the fast path few are there at the peak: it is where the
-                     backward pass begins
+        adapter      L r sum(in + out) over the linear layers that have one; through plain layers
+                     as much for the gradients. On the fast path few are there at the peak: it is
+                     where the backward pass begins
         optimiser    optimizer_bytes a weight of the adapter
         kept a layer T b ((2 d + 2 q + 2 k) + (2 d + 3 m)) on the fast path: input, its norm,
                      query, attention's result, key, value; input of the MLP, its norm, gate, up,
-                     product. Of the last layer the MLP runs on the scored tokens only. The
-                     dequantised weights are kept as well, b n, as computing them again takes longer
-                     than reading them; not so with 8-bit floats, whose two passes want them in two
-                     layouts, nor in 16 bit without LoRA, where they are the base's own.
+                     product. Norms and product are inputs of adapters, kept where there is one. Of
+                     the last layer the MLP runs on the scored tokens only. The dequantised weights
+                     are kept as well, b n, as computing them again takes longer than reading them;
+                     not so with 8-bit floats, whose two passes want them in two layouts, nor in 16
+                     bit without an adapter, where they are the base's own.
                      T b ((5 d + q + 2 k) + (2 d + 4 m)) through plain layers, which keep the
                      activation apart
         dropout      drawn for each token: of every adapter its dropped input and a byte a number
@@ -118,7 +121,7 @@ def estimate_training_memory(
 
     The sums follow the code of the layers; the factors of m and d in the last line are fitted.
     Peaks that torch's allocator reported for Gemma-2B stand in `tests/acceleration/test_memory.py`;
-    all are met within 7 %.
+    all are met within 7 %, most within 5.
     The CUDA context and the libraries take about half a GB outside the allocator.
 
     Args:
@@ -126,8 +129,9 @@ def estimate_training_memory(
         token_budget: Tokens a row.
         weight_bits: Bits a weight of the linear layers, constants included; 16 unquantised.
         embedding_bits: Bits a weight of the embedding, which is also the head.
-        r: Rank of LoRA on all seven linear layers; 0 without it. A method that trains few numbers,
-            such as IA3, has next to nothing to add.
+        r: Rank of LoRA.
+        targets: Names of the linear layers that have it. AdaLoRA and DoRA take as much, VeRA as a
+            rank of 1; what trains scales and norms, such as IA3, next to nothing, on none.
         adapter_bytes: Bytes a weight of the adapter.
         optimizer_bytes: Bytes of optimiser state a weight of the adapter: 2 for 8-bit Adam, 8 for
             Adam in float32.
@@ -149,24 +153,32 @@ def estimate_training_memory(
     d, m, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
     q = sizes["num_attention_heads"] * sizes["head_dim"]
     k = sizes["num_key_value_heads"] * sizes["head_dim"]
-    linears = [(d, q), (d, k), (d, k), (q, d), (d, m), (d, m), (m, d)]
-    a_layer = sum(inputs * outputs for inputs, outputs in linears)
-    adapter = layers * r * sum(inputs + outputs for inputs, outputs in linears)
+    linears = dict(
+        zip(LINEARS, [(d, q), (d, k), (d, k), (q, d), (d, m), (d, m), (m, d)], strict=True)
+    )
+    a_layer = sum(inputs * outputs for inputs, outputs in linears.values())
+    adapted = {name: size for name, size in linears.items() if name in targets}
+    adapter = layers * r * sum(inputs + outputs for inputs, outputs in adapted.values())
     weights = layers * a_layer * weight_bits / 8 + sizes["vocab_size"] * d * embedding_bits / 8
 
     again = gradient_checkpointing
     in_flight, gradients = 0, 0 if fused else adapter
     share = 1 + 1 / compute_bytes
-    dropped_attention, dropped_mlp = share * (3 * d + q), share * (2 * d + m)
+    of_mlp = ("gate_proj", "up_proj", "down_proj")
+    dropped_attention = share * sum(size[0] for n, size in adapted.items() if n not in of_mlp)
+    dropped_mlp = share * sum(size[0] for n, size in adapted.items() if n in of_mlp)
     if fused:
-        attention, mlp = 2 * d + 2 * q + 2 * k, 2 * d + 3 * m
+        norms = [d * any(name in adapted for name in half) for half in (LINEARS[:3], of_mlp[:2])]
+        product = m * ("down_proj" in adapted)
+        attention, mlp = d + norms[0] + 2 * q + 2 * k, d + norms[1] + 2 * m + product
         if token_dropout:
-            attention += dropped_attention - d
-            mlp += dropped_mlp - d - m
+            attention += dropped_attention - norms[0]
+            mlp += dropped_mlp - norms[1] - product
         if not again:
             kept = layers * attention + (layers - 1) * mlp
-            as_stored = weight_bits >= 8 * compute_bytes and not r
-            working = 0 if float8 or as_stored else layers * a_layer
+            as_stored = weight_bits >= 8 * compute_bytes
+            made = adapted.values() if as_stored else linears.values()
+            working = 0 if float8 else layers * sum(inputs * outputs for inputs, outputs in made)
         else:
             kept = layers * (attention + d if again == "mlp" else 2 * d)
             chunk = min(token_budget, max(MIN_CHUNK, -(-token_budget // MLP_CHUNKS)))

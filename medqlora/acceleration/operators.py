@@ -106,7 +106,7 @@ def effective_weight(
         The weight.
     """
     rank = 0 if lora_a is None else lora_a.shape[0]
-    if packed.is_cuda and code is not None and rank <= MAX_RANK:
+    if packed.is_cuda and rank <= MAX_RANK:
         return _kernels().effective_weight(
             packed,
             absmax,
@@ -146,13 +146,13 @@ def effective_weight(
         )
     if lora_a is not None and lora_b is not None:
         # In 16 bit the sum of the product is one in 32, rounded with the weight.
-        weight = torch.addmm(
-            weight, lora_b.to(weight.dtype), lora_a.to(weight.dtype), alpha=scaling
-        )
+        a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype)
+        add = weight.addmm if weight is packed else weight.addmm_
+        weight = add(b, a, alpha=scaling)
     if out_scale != 1:
         weight = weight * out_scale
     weight = weight.to(dtype)
-    if weight.data_ptr() == packed.data_ptr():
+    if weight is packed:
         weight = weight.clone()
     return weight.t().contiguous() if transpose else weight
 

@@ -37,6 +37,7 @@ from transformers.utils.hub import cached_file
 
 from medqlora.acceleration import find_backbone
 from medqlora.errors import CheckpointError, ConfigError
+from medqlora.finetuning.adalora import allocate_at_once
 
 AdapterDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -147,6 +148,7 @@ def attach_adapter(
             "questions do not have. Choose peft=prompt_tuning, or an adapter inside the layers."
         )
     adapted = _wrap(model, peft_config, method)
+    allocate_at_once(adapted)
     _refuse_tied(adapted, method)
     if loftq:
         _start_from_rounding_error(adapted, base_path)

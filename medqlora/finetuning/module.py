@@ -16,6 +16,7 @@ from medqlora.acceleration import last_hidden
 from medqlora.errors import CheckpointError
 from medqlora.evaluation.metrics import LetterMetrics, PredictionCollector
 from medqlora.evaluation.scoring import letter_scores
+from medqlora.finetuning import adalora
 from medqlora.finetuning.adapters import count_trainable, trainable_state
 from medqlora.finetuning.losses import Loss
 from medqlora.finetuning.parallel import AdapterParallel
@@ -113,8 +114,8 @@ class MCQAModule(LightningModule):
             batch_size=batch.num_questions,
             sync_dist=self.trainer.world_size > 1,
         )
-        if (tuner := self._adalora()) is not None:
-            total = total + count * _orthogonality(tuner)
+        if (tuner := adalora.find_adalora(self.model)) is not None:
+            total = total + count * adalora.orthogonality(tuner)
         return total * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -150,7 +151,7 @@ class MCQAModule(LightningModule):
         Lightning would keep them through the next forward pass, where a step is at its largest.
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if (tuner := self._adalora()) is not None:
+        if (tuner := adalora.find_adalora(self.model)) is not None:
             tuner.update_and_allocate(self.global_step + 1)
         optimizer.zero_grad()
 
@@ -190,14 +191,8 @@ class MCQAModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of AdaLoRA's rank allocator, if there is one."""
-        tuner = self._adalora()
-        if tuner is not None:
-            ranks = tuner.rankallocator
-            checkpoint[ADALORA_STATE] = {
-                "exp_avg_ipt": dict(ranks.exp_avg_ipt),
-                "exp_avg_unc": dict(ranks.exp_avg_unc),
-                "rank_pattern": tuner.peft_config["default"].rank_pattern,
-            }
+        if (tuner := adalora.find_adalora(self.model)) is not None:
+            checkpoint[ADALORA_STATE] = adalora.state_of(tuner)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not set every trained weight.
@@ -217,25 +212,13 @@ class MCQAModule(LightningModule):
                 f"{name} (checkpoint {_shape(theirs.get(name))}, model {_shape(ours.get(name))}). "
                 "Resume with the same peft, quant and model options."
             )
-        tuner = self._adalora()
-        if tuner is not None:
-            saved = checkpoint[ADALORA_STATE]
-            device = self.letter_rows.device
-            for key in ("exp_avg_ipt", "exp_avg_unc"):
-                moved = {n: t.to(device) for n, t in saved[key].items()}
-                setattr(tuner.rankallocator, key, moved)
-            # An entry marks that the averages of a weight exist; its value is made anew each step.
-            tuner.rankallocator.ipt = dict.fromkeys(saved["exp_avg_ipt"])
-            tuner.peft_config["default"].rank_pattern = saved["rank_pattern"]
+        if (tuner := adalora.find_adalora(self.model)) is not None:
+            adalora.restore(tuner, checkpoint[ADALORA_STATE], self.letter_rows.device)
 
     @property
     def num_trainable(self) -> int:
         """Number of trainable numbers."""
         return count_trainable(self.model)
-
-    def _adalora(self) -> Any:
-        tuner = getattr(self.model, "base_model", None)
-        return tuner if type(tuner).__name__ == "AdaLoraModel" else None
 
     def _collector(self, split: str) -> PredictionCollector:
         return cast(PredictionCollector, self.predictions[split])
@@ -252,20 +235,6 @@ class MCQAModule(LightningModule):
             # torchmetrics has summed over the ranks: the mean of equal values changes nothing.
             self.log(f"{split}/{name}", values[name].float(), prog_bar=True, sync_dist=True)
         metrics.reset()
-
-
-def _orthogonality(tuner: Any) -> Float[Tensor, ""]:
-    """AdaLoRA's penalty on P and Q that are not orthogonal (arXiv:2303.10512, equation 4).
-
-    peft adds it in a forward pass of its own, which packed rows do not go through.
-    """
-    terms = []
-    for name, p in tuner.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            gram = p @ p.T if "lora_A" in name else p.T @ p
-            eye = torch.eye(gram.shape[0], device=p.device, dtype=p.dtype)
-            terms.append(torch.linalg.matrix_norm(gram - eye))
-    return tuner.peft_config["default"].orth_reg_weight * torch.stack(terms).mean()
 
 
 def _shape(shape: torch.Size | None) -> str:
