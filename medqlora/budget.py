@@ -158,6 +158,7 @@ def estimated_peak(
         gradient_checkpointing=gradient_checkpointing,
         fused=fused,
         float8=fused and bool(acceleration.get("float8")),
+        trains_base=method == "FullFinetuning",
         token_dropout=bool(peft.get("lora_dropout")) and acceleration.get("dropout_per") != "row",
     ).total_gb
 

@@ -91,6 +91,7 @@ def test_rows_that_cannot_fit_are_refused_before_anything_is_loaded(gpu_of, capl
         (["peft=none"], {"r": 0, "targets": ()}),
         (["peft=lora_attention"], {"targets": ("q_proj", "v_proj")}),
         (["peft=oft"], {"r": 0, "targets": (), "fused": False}),
+        (["quant=none", "peft=full"], {"trains_base": True, "fused": False}),
         (["quant=none"], {"weight_bits": 16}),
         (["quant=int8"], {"weight_bits": 8 + 16 / 2048, "fused": False}),
         (["quant=nf4_full"], {"embedding_bits": 4.127}),

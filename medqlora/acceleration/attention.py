@@ -169,7 +169,9 @@ def _with_prefix(
     extra[0] = 0
     cu_keys = F.pad((lengths + extra).cumsum(0), (1, 0)).to(boundaries.dtype)
     place = torch.arange(num_tokens + prefix_length * (len(lengths) - 1), device=lengths.device)
-    piece = torch.searchsorted(cu_keys[1:].contiguous(), place, right=True)
+    # In all of `cu_keys`: compiled for CUDA before torch 2.13, a search in a slice is one in what
+    # it is a slice of (pytorch issues 160964 and 182343), and other questions would be seen.
+    piece = torch.searchsorted(cu_keys, place, right=True) - 1
     there = piece < len(lengths)
     piece = piece.clamp(max=len(lengths) - 1)
     inside = place - cu_keys[piece]

@@ -87,6 +87,7 @@ def estimate_training_memory(
     fused: bool = True,
     float8: bool = False,
     token_dropout: bool = False,
+    trains_base: bool = False,
 ) -> TrainingMemory:
     """Estimate the peak of the allocator in a training step on one packed row with `loss=choice`.
 
@@ -99,6 +100,8 @@ def estimate_training_memory(
                      as much for the gradients. On the fast path few are there at the peak: it is
                      where the backward pass begins
         optimiser    optimizer_bytes a weight of the adapter
+        full         every weight of a layer 4 bytes, and b for its copy in 16 bit, in place of
+                     weight_bits / 8; optimizer_bytes for each of them
         kept a layer T b ((2 d + 2 q + 2 k) + (2 d + 3 m)) on the fast path: input, its norm,
                      query, attention's result, key, value; input of the MLP, its norm, gate, up,
                      product. Norms and product are inputs of adapters, kept where there is one. Of
@@ -140,6 +143,7 @@ def estimate_training_memory(
         fused: Whether layers run on the fast path.
         float8: Whether it multiplies in 8-bit floats.
         token_dropout: Whether the adapter drops inputs, others for each token.
+        trains_base: Whether all weights of the layers are trained, in float32, and no adapter.
 
     Returns:
         The estimate.
@@ -159,7 +163,10 @@ def estimate_training_memory(
     a_layer = sum(inputs * outputs for inputs, outputs in linears.values())
     adapted = {name: size for name, size in linears.items() if name in targets}
     adapter = layers * r * sum(inputs + outputs for inputs, outputs in adapted.values())
+    if trains_base:
+        adapter, weight_bits = 0, 8 * (4 + (compute_bytes if compute_bytes < 4 else 0))
     weights = layers * a_layer * weight_bits / 8 + sizes["vocab_size"] * d * embedding_bits / 8
+    updated = layers * a_layer if trains_base else adapter
 
     again = gradient_checkpointing
     in_flight, gradients = 0, 0 if fused else adapter
@@ -199,7 +206,7 @@ def estimate_training_memory(
     return TrainingMemory(
         weights_gb=weights / 1e9,
         adapter_gb=(adapter + gradients) * adapter_bytes / 1e9,
-        optimizer_gb=adapter * optimizer_bytes / 1e9,
+        optimizer_gb=updated * optimizer_bytes / 1e9,
         activations_gb=token_budget * (kept + in_flight) * compute_bytes / 1e9,
         working_gb=working * compute_bytes / 1e9,
     )

@@ -357,7 +357,7 @@ def _scores(
 ) -> Tensor:
     """(head, query, key) in float32, -inf where a token does not see another."""
     token = torch.arange(query.shape[0], device=query.device)
-    piece = torch.searchsorted(boundaries[1:].contiguous(), token, right=True)
+    piece = torch.searchsorted(boundaries, token, right=True) - 1
     seen = (piece[:, None] == piece) | (token < prefix)
     seen &= token[:, None] >= token
     scores = _heads(query, query, num_heads) @ _heads(key, query, num_heads).mT

@@ -42,6 +42,7 @@ FAST = {
     },
     "offload": {"fused": "on", "compile": "default", "gradient_checkpointing": "offload"},
     "plain_compiled": {"fused": "off", "compile": "default"},
+    "plain_cuda_graphs": {"fused": "off", "compile": "cuda_graphs"},
     "plain_mlp": {**PLAIN, "gradient_checkpointing": "mlp"},
     "plain_offload": {**PLAIN, "gradient_checkpointing": "offload"},
 }
@@ -70,7 +71,11 @@ def test_the_model_takes_the_fast_path(adapted):
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [*((name, 0) for name in FAST), ("eager", 3), ("eager", 40), ("cuda_graphs", 3), ("mlp", 3)],
+    [
+        *((name, 0) for name in FAST),
+        *((name, 3) for name in ("eager", "cuda_graphs", "mlp", "plain_compiled")),
+        *((name, 40) for name in ("eager", "plain_cuda_graphs")),
+    ],
 )
 def test_hidden_states_and_gradients_are_those_of_plain_layers(adapted, name, prefix):
     """Within bfloat16 rounding in another order: 3 % of the norm, 6 % for the worst gradient."""

@@ -63,6 +63,12 @@ def test_measured_peaks_of_other_options_are_met(token_budget, options, measured
     assert estimate.total_gb == pytest.approx(measured_gb, rel=0.05)
 
 
+def test_the_measured_peak_of_full_finetuning_is_met():
+    """By `benchmarks/matrix.py --quant none --peft full acceleration.compile=none`, H200."""
+    estimate = estimate_training_memory(GEMMA_2B, token_budget=2048, trains_base=True, fused=False)
+    assert estimate.total_gb == pytest.approx(24.96, rel=0.07)
+
+
 NO_LORA = {"r": 0, "targets": ()}
 ATTENTION = {"targets": ("q_proj", "v_proj")}
 
