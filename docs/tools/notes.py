@@ -38,7 +38,7 @@ def _conditions(conditions: dict[str, Any]) -> str:
     )
     return (
         "Speed and peak memory, where given: benchmarks/matrix.py on one GPU, a random full-size "
-        "Gemma-2B, 2,048 tokens a row, LoRA r=16; only LoRA on 4 bits is compiled there. "
+        "Gemma-2B, 2,048 tokens a row, LoRA r=16; plain layers, as of int8, are not compiled. "
         f"All else was measured on {conditions['date']}: {conditions['device']}, {packages}. "
         f"Error and bits: one layer, {conditions['layer']}. Toy: `{conditions['toy']}`."
     )
@@ -74,9 +74,11 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 def _speed(name: str) -> str:
     """Questions a second and peak memory on a GPU, of the options that were tried on one."""
-    rows = [row for row in json.loads(MATRIX.read_text(encoding="utf-8")) if row["quant"] == name]
+    table = json.loads(MATRIX.read_text(encoding="utf-8"))
+    rows = [row for row in table if row["quant"] == name and "overrides" not in row]
+    newest = {(row["device"], row["peft"]): row for row in rows if "failed" not in row}
     text = ""
-    for row in rows:
+    for row in newest.values():
         if row["peft"] is None and "scored_per_second" in row:
             text += f" {row['device']}: scores {row['scored_per_second']:,.0f} questions/s."
         if row["peft"] == "lora_r16" and "questions_per_second" in row:

@@ -436,8 +436,7 @@ def rotate(
 
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:
     stored, adapter = linear
-    if adapter.input_scale is not None:
-        x = (x.float() * adapter.input_scale.flatten().float()).to(x.dtype)
+    x = _scaled(x, adapter.input_scale)
     a, b = _factors(adapter, sizes)
     fixed = (out_features, in_features, sizes)
     if sizes.dropout and a is not None and b is not None:
@@ -447,11 +446,14 @@ def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, size
         return torch.addmm(plain, down, b.t(), alpha=sizes.scaling)
     if adapter.magnitude is not None:
         y, lengths = _FoldedLinear.apply(x, a, b, *stored, *fixed, True)
-        return (y.float() * (adapter.magnitude.float() / lengths)).to(y.dtype)
+        return _scaled(y, adapter.magnitude / lengths)
     y = _FoldedLinear.apply(x, a, b, *stored, *fixed, False)
-    if adapter.output_scale is not None:
-        y = (y.float() * adapter.output_scale.flatten().float()).to(y.dtype)
-    return y
+    return _scaled(y, adapter.output_scale)
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Columns times their scales, in float32 and rounded once."""
+    return x if scale is None else (x.float() * scale.flatten().float()).to(x.dtype)
 
 
 def _factors(adapter: Adapter, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
@@ -482,8 +484,7 @@ def _add_linear(
     """`hidden + _linear(x)`; in place where `_adds_in_place`."""
     if not _adds_in_place(hidden, linear, sizes):
         return hidden + _linear(x, linear, out_features, in_features, sizes)
-    if linear.adapter.input_scale is not None:
-        x = (x.float() * linear.adapter.input_scale.flatten().float()).to(x.dtype)
+    x = _scaled(x, linear.adapter.input_scale)
     fixed = (out_features, in_features, sizes)
     weight = _weight(linear.stored, *_factors(linear.adapter, sizes), fixed, backward=False)
     torch.ops.medqlora.add_product_(hidden, x, weight)
