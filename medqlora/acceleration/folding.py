@@ -169,7 +169,7 @@ def why_not_folded(module: Any) -> str | None:
         return None
     adapter: Any = module
     if not isinstance(module, _FOLDED):
-        return f"the adapter is of a kind that it does not fold ({type(module).__module__})"
+        return f"it folds no adapters of the kind {type(module).__module__.split('.')[2]}"
     names = [name for part in adapter.adapter_layer_names for name in getattr(adapter, part)]
     if set(names) != {_ADAPTER} or adapter.active_adapters != [_ADAPTER]:
         return "there is more than one adapter"
