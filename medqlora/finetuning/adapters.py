@@ -316,6 +316,7 @@ def load_adapter(
         if _ADAPTER in name.split("."):
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(trainable and parameter.requires_grad)
+    allocate_at_once(adapted)
     return adapted.eval()
 
 

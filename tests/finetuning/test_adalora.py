@@ -9,7 +9,7 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora import RankAllocator as PeftRankAllocator
 
-from medqlora.finetuning import attach_adapter
+from medqlora.finetuning import attach_adapter, load_adapter, save_adapter
 from medqlora.finetuning.adalora import RankAllocator, find_adalora, orthogonality
 
 CONFIG = AdaLoraConfig(
@@ -64,6 +64,19 @@ def test_the_penalty_is_that_of_each_matrix(tuner):
             distances.append((p.T @ p - torch.eye(4)).norm())
     expected = CONFIG.orth_reg_weight * torch.stack(distances).mean()
     torch.testing.assert_close(orthogonality(tuner), expected)
+
+
+def test_an_adapter_that_is_loaded_to_be_trained_has_it_too(base, tmp_path):
+    """Its ranks may have been cut to what was left of them."""
+    adapted = attach_adapter(base(), CONFIG)
+    for number in range(1, 7):
+        step(find_adalora(adapted), number)
+    save_adapter(adapted, tmp_path / "adapter")
+    loaded = find_adalora(load_adapter(base(), tmp_path / "adapter", trainable=True))
+    factors = loaded.rankallocator.factors
+    assert set(factors.values()) == {p for n, p in loaded.named_parameters() if "lora_" in n}
+    assert sum(p.shape[0] for n, p in factors.items() if "lora_A" in n) < 4 * len(factors) / 3
+    assert torch.isfinite(orthogonality(loaded))
 
 
 def test_other_models_have_none_of_it(base):
