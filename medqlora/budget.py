@@ -130,7 +130,8 @@ def estimated_peak(
     quant = instantiation.make(cfg.quant)
     peft: Any = OmegaConf.to_container(cfg.peft, resolve=True) if cfg.peft else {}
     method = str(peft.get("_target_", "")).rpartition(".")[2]
-    ranks = {"": 16, "LoraConfig": peft.get("r"), "AdaLoraConfig": peft.get("init_r")}
+    # Those of PEFT where the config leaves them out.
+    ranks = {"": 16, "LoraConfig": peft.get("r", 8), "AdaLoraConfig": peft.get("init_r", 12)}
     rank = int(ranks.get(method, method == "VeraConfig"))
     names = peft.get("target_modules")
     targets = set(LINEARS) & set(names) if isinstance(names, list) else set(LINEARS)

@@ -309,7 +309,9 @@ def build_training_module(
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     model = attach_adapter(base, make(cfg["peft"]), num_training_steps=num_training_steps)
     prepare_for_training(model, cfg["acceleration"]["gradient_checkpointing"])
-    accelerate_for(cfg, model, datamodule.token_budget)
+    how = accelerate_for(cfg, model, datamodule.token_budget)
+    if how.startswith("plain layers") and "fused=off" not in how:
+        log.info("%s: slower than the fast path", how)
     return MCQAModule(
         model,
         letter_ids=datamodule.letter_ids,
@@ -614,8 +616,8 @@ def _letter_rows(base: GemmaForCausalLM, datamodule: MedMCQADataModule) -> Tenso
     return rows
 
 
-def accelerate_for(cfg: Config, model: nn.Module, token_budget: int) -> None:
-    """Choose how the model runs rows of a length; see `acceleration.accelerate`."""
+def accelerate_for(cfg: Config, model: nn.Module, token_budget: int) -> str:
+    """Choose how the model runs rows of a length, and say it; see `acceleration.accelerate`."""
     options = make(cfg["acceleration"])
     assert isinstance(options, Acceleration)
     if cfg["trainer"].get("strategy") == "fsdp":
@@ -623,6 +625,7 @@ def accelerate_for(cfg: Config, model: nn.Module, token_budget: int) -> None:
         options = dataclasses.replace(options, compile="none", fused="off")
     how = accelerate(model, options, device_of(cfg), token_budget)
     log.debug("rows of %d tokens: %s", token_budget, how)
+    return how
 
 
 def _cache_dir() -> Path:

@@ -83,6 +83,7 @@ def test_rows_that_cannot_fit_are_refused_before_anything_is_loaded(gpu_of, capl
     ("options", "expected"),
     [
         (["peft=lora_r4"], {"r": 4}),
+        (["peft=lora_r4", "~peft.r"], {"r": 8}),
         (["peft=dora_r16"], {}),
         (["peft=adalora"], {"r": 24}),
         (["peft=vera"], {"r": 1}),

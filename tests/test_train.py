@@ -377,3 +377,13 @@ def test_in_a_terminal_news_stands_above_the_bar(run_command, tiny_options, tmp_
     [news] = [line for line in lines if "first step after" in line]
     assert news.strip("\r").startswith("first step after")
     assert "first step after" not in ended.err
+
+
+def test_a_run_that_is_not_on_the_fast_path_says_why(tiny_options, tmp_path, caplog):
+    short = ["trainer.max_steps=1", "data.limit_val=4", "data.limit_test=4", "baselines=[]"]
+    said = "plain layers (q_proj is stored neither in 4 bits nor in 16 or 32, or has a bias)"
+    for quant, slower in (("int8", True), ("none", False)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="medqlora"):
+            train(compose("train", [*tiny_options, *short, f"quant={quant}"]), tmp_path / quant)
+        assert (f"{said}, compile=none: slower than the fast path" in caplog.text) == slower

@@ -11,8 +11,10 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
+    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -37,6 +39,12 @@ METHODS: dict[str, PeftConfig] = {
 }
 """Relatives of LoRA that the fast path takes; VeRA with a rank that its kernels do not."""
 
+OTHERS: dict[str, PeftConfig] = {
+    "oft": OFTConfig(r=0, oft_block_size=32, target_modules=LINEARS),
+    "prompt_tuning": PromptTuningConfig(num_virtual_tokens=16, task_type="CAUSAL_LM"),
+}
+"""Methods that it does not take."""
+
 BUDGET, VOCABULARY = 1024, 4096
 LEARNING_RATE = 2e-3
 
@@ -58,7 +66,7 @@ def adapt(
     method: str = "lora",
     **lora,
 ) -> PeftModel:
-    """A base with an adapter that is not at its start: LoRA, or one of `METHODS`."""
+    """A base with an adapter that is not at its start: LoRA, or another of the methods above."""
     quant = QuantConfig(data_type, compute_dtype=compute_dtype)
     if data_type == "nf4":
         quant = replace(quant, double_quant=double_quant, block_size=block_size)
@@ -66,8 +74,8 @@ def adapt(
     use_packed_attention(base)
     torch.manual_seed(0)
     options = {"r": 16, "lora_alpha": 32, "target_modules": LINEARS} | lora
-    if method in METHODS:
-        model = attach_adapter(base, METHODS[method])
+    if method != "lora":
+        model = attach_adapter(base, (METHODS | OTHERS)[method])
     else:
         model = get_peft_model(base, LoraConfig(**options))
     for name, parameter in model.named_parameters():
@@ -134,10 +142,10 @@ def loss_of(model, row):
     return F.cross_entropy(last_hidden(model, row).float() @ letters.T, row.answer)
 
 
-def run(model, row):
+def run(model, row, read=last_hidden):
     """Hidden states of the questions, and the gradients."""
     model.zero_grad()
-    hidden = last_hidden(model, row)
+    hidden = read(model, row)
     weight = torch.linspace(-1, 1, hidden.shape[1], device=hidden.device)
     (hidden[: row.num_questions].float() @ weight).square().mean().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -15,6 +15,7 @@ from medqlora.acceleration import (
     Acceleration,
     accelerate,
     cover_padding,
+    hidden_states,
     last_hidden,
     packed_attention,
     prepare_for_training,
@@ -122,6 +123,37 @@ def test_other_adapters_and_whole_weights_in_8_bit_floats(folder, method, data_t
     hidden, others = run(set_up(model, {**FAST["eager"], "float8": True}), row)
     assert relative(hidden, expected) < 0.15
     assert max(relative(others[n], gradients[n]) for n in gradients) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("method", "data_type"), [("lora", "int8"), ("oft", "nf4"), ("prompt_tuning", "nf4")]
+)
+@pytest.mark.parametrize("name", ["plain_compiled", "plain_cuda_graphs"])
+def test_what_the_fast_path_does_not_take_is_compiled_to_the_same(folder, method, data_type, name):
+    """Behind shared tokens, in learning and where nothing is learned."""
+    row = rows(1, prefix=3)[0]
+    model = fast_path.adapt(folder, "cuda", method=method, data_type=data_type)
+    assert why_not_fused(model)
+    expected, gradients = run(set_up(model, PLAIN), row)
+    compiled = set_up(model, FAST[name])
+    for _ in range(2):
+        hidden, others = run(compiled, row)
+    assert relative(hidden, expected) < 0.03
+    assert max(relative(others[n], gradients[n]) for n in gradients) < 0.06
+    with torch.no_grad():
+        scored = last_hidden(compiled, row)[: row.num_questions]
+    assert relative(scored, expected) < 0.03
+
+
+@pytest.mark.parametrize("name", ["eager", "cuda_graphs", "layers", "plain_cuda_graphs"])
+def test_of_every_token_they_are_those_of_plain_layers_as_well(adapted, name):
+    """What the losses over tokens and explanations read."""
+    row, model = rows(1, prefix=3)[0], set_up(adapted, FAST[name])
+    expected, gradients = run(set_up(adapted, PLAIN), row)
+    for _ in range(2):
+        hidden, others = run(model, row, lambda m, r: hidden_states(m, r).index_select(0, r.last))
+    assert relative(hidden, expected) < 0.03
+    assert max(relative(others[n], gradients[n]) for n in gradients) < 0.06
 
 
 @pytest.mark.parametrize("rank", [4, 12, 128])
