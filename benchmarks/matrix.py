@@ -46,7 +46,7 @@ QUANTS |= {"nf4_single": ("lora_r16",), "nf4_block128": (), "hqq_4bit": (), "tor
 
 def config(arguments: argparse.Namespace, quant: str, peft: str, train_file: Path) -> Any:
     """The config of `train` for one step of the matrix."""
-    plain = not quant.startswith(("nf4", "fp4", "none")) or peft == "prompt_tuning"
+    plain = not quant.startswith(("nf4", "fp4", "none")) or peft in ("oft", "full")
     return compose(
         "train",
         [

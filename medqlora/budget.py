@@ -41,7 +41,10 @@ LIKELY = 0.85
 """Part of it up to which an estimate is expected to fit: it is met within 7 %."""
 
 _QUESTION_LENGTH = 64
-_FOLDED = ("LoraConfig", "AdaLoraConfig", "VeraConfig", "IA3Config", "LNTuningConfig", "no_adapter")
+_FOLDED = (
+    "LoraConfig", "AdaLoraConfig", "VeraConfig", "IA3Config", "LNTuningConfig",
+    "PromptTuningConfig", "no_adapter",
+)  # fmt: skip
 _DECIDES = ("model", "quant", "peft", "optimizer", "loss", "acceleration", "prompt")
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -63,10 +63,8 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "token 
     if (prompt := _virtual_tokens(model)) is not None:
         # They come before every question, so they are tokens that all questions share.
         num_virtual = prompt.shape[0]
-        own = torch.arange(num_virtual, device=device).to(position_ids.dtype)
         inputs = torch.cat([prompt.to(inputs.dtype)[None], inputs], dim=1)
-        position_ids = torch.cat([own, position_ids + num_virtual])
-        cu_seqlens = cu_seqlens + num_virtual
+        position_ids, cu_seqlens = behind(num_virtual, position_ids, cu_seqlens)
         max_length, prefix_length = max_length + num_virtual, prefix_length + num_virtual
     if device.type == "cuda":
         cu_seqlens = cover_padding(cu_seqlens, inputs.shape[1], max_length)
@@ -86,10 +84,18 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Float[Tensor, "token 
     return output.last_hidden_state[0, num_virtual:]
 
 
+def behind(
+    num_virtual: int, position_ids: Int[Tensor, " token"], cu_seqlens: Int[Tensor, " boundary"]
+) -> tuple[Int[Tensor, " longer"], Int[Tensor, " boundary"]]:
+    """Positions and boundaries of a row behind so many tokens, whose positions are added."""
+    own = torch.arange(num_virtual, device=position_ids.device).to(position_ids.dtype)
+    return torch.cat([own, position_ids + num_virtual]), cu_seqlens + num_virtual
+
+
 def _fast_path(model: nn.Module) -> Any:
     """The fast path of a model, while its adapter is as it was when it was folded."""
     fast = getattr(find_backbone(model), FAST_PATH, None)
-    return fast if fast is not None and fast.holds else None
+    return fast if fast is not None and fast.holds_for(model) else None
 
 
 def _virtual_tokens(model: nn.Module) -> Float[Tensor, "virtual width"] | None:

@@ -9,7 +9,7 @@ LoRA has A and B. AdaLoRA (Zhang et al. 2023, arXiv:2303.10512) scales each rank
 value over the number of ranks; VeRA (Kopiczko et al. 2024, arXiv:2310.11454) each rank and each row
 of matrices that all layers share. DoRA (Liu et al. 2024, arXiv:2402.09353) gives each row of the
 sum a length. IA3 (Liu et al. 2022, arXiv:2205.05638) has scales of outputs, and in the MLP of
-inputs, only.
+inputs, only. Prompt tuning leaves all layers as they are, behind tokens that all questions share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft import PeftType
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
@@ -137,8 +138,14 @@ def why_other_layers(model: nn.Module) -> str | None:
             adapters.add(scaling_and_dropout(module))
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float32}:
         return "it computes all layers in bfloat16 or all in float32"
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    others = [name for name in trained if not any(part in name for part in _TRAINED)]
+    if (prompt := virtual_tokens(model)) is None and learns_prompt(model):
+        return "its virtual tokens are not learned as they are"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = [
+        name
+        for name, p in trained.items()
+        if p is not prompt and not any(part in name for part in _TRAINED)
+    ]
     if others:
         return f"{others[0]} is trained, which is no part of an adapter that it folds"
     norms = [norm for number in range(len(backbone.layers)) for norm in _norms(backbone, number)]  # type: ignore[arg-type]
@@ -148,6 +155,26 @@ def why_other_layers(model: nn.Module) -> str | None:
     if len(adapters) > 1:
         return "the adapter's scaling or dropout differs between layers"
     return None
+
+
+def learns_prompt(model: nn.Module) -> bool:
+    """Whether learned embeddings go before every question, of whatever kind."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning
+
+
+def virtual_tokens(model: nn.Module) -> Tensor | None:
+    """The embeddings that prompt tuning learns; None without it.
+
+    References:
+        Lester et al. 2021, arXiv:2104.08691.
+    """
+    if not learns_prompt(model):
+        return None
+    adapted: Any = model
+    if adapted.active_peft_config.peft_type != PeftType.PROMPT_TUNING:
+        return None
+    return adapted.prompt_encoder[_ADAPTER].embedding.weight
 
 
 def why_no_kernels(model: nn.Module) -> str | None:

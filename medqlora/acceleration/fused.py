@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medqlora.acceleration.attention import cover_padding, packed_attention
-from medqlora.acceleration.backbone import FAST_PATH, Checkpointing, find_backbone, offloaded
+from medqlora.acceleration.backbone import (
+    FAST_PATH,
+    Checkpointing,
+    behind,
+    find_backbone,
+    offloaded,
+)
 from medqlora.acceleration.folding import (
     Adapter,
     Layer,
@@ -39,10 +45,12 @@ from medqlora.acceleration.folding import (
     adapted_modules,
     compute_dtype,
     largest_weight,
+    learns_prompt,
     linears,
     norm_weight,
     read_layer,
     scaling_and_dropout,
+    virtual_tokens,
     why_not_folded,
     without_some_columns,
 )
@@ -172,6 +180,7 @@ class FusedBackbone:
         )
         self.layers = [read_layer(layer) for layer in self._backbone.layers]
         self._folded = adapted_modules(self._backbone)
+        self._prompt = virtual_tokens(model)
         self.row_dropout = adapter[1] if dropout_per == "row" else 0.0
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -187,12 +196,15 @@ class FusedBackbone:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._graphs: dict[Any, RecordedPass] = {}
 
-    @property
-    def holds(self) -> bool:
-        """Whether the adapter is still the one that was folded, neither off nor merged.
+    def holds_for(self, model: nn.Module) -> bool:
+        """Whether the adapter of a model is still the one that was folded, neither off nor merged.
 
         Looked up in one layer: peft changes them together.
         """
+        if virtual_tokens(model) is not self._prompt or (
+            self._prompt is None and learns_prompt(model)
+        ):
+            return False
         now = adapted_modules(self._backbone)
         return all(
             module is folded and why_not_folded(module) is None
@@ -233,16 +245,21 @@ class FusedBackbone:
         Returns:
             Hidden states after the final norm, of the tokens to keep.
         """
-        boundaries = row.cu_seqlens
-        if boundaries.is_cuda:
-            covering = cover_padding(boundaries, row.input_ids.shape[0], max_length)
-            boundaries = F.pad(covering, (1, 0))
-        cosine, sine = self._rotary(max_length, row.position_ids)
+        boundaries, positions, kept = row.cu_seqlens, row.position_ids, row.keep
         hidden = self._backbone.embed_tokens(row.input_ids[None])[0].to(self.sizes.dtype)
         learning = torch.is_grad_enabled()
         if learning:
             # One compilation then serves the first layer as well.
             hidden = hidden.detach().requires_grad_()
+        num_virtual = 0 if self._prompt is None else self._prompt.shape[0]
+        if self._prompt is not None:
+            hidden = torch.cat([self._prompt.to(hidden.dtype), hidden])
+            positions, boundaries = behind(num_virtual, positions, boundaries)
+            max_length, prefix_length = max_length + num_virtual, prefix_length + num_virtual
+            kept = None if kept is None else kept + num_virtual
+        if boundaries.is_cuda:
+            boundaries = F.pad(cover_padding(boundaries, hidden.shape[0], max_length), (1, 0))
+        cosine, sine = self._rotary(max_length, positions)
         training = learning and self._backbone.training
         sizes = replace(self.sizes, prefix_length=prefix_length)
         if not training:
@@ -252,8 +269,10 @@ class FusedBackbone:
         if training and self.row_dropout:
             layers = [without_some_columns(layer, self.row_dropout) for layer in layers]
         for index, layer in enumerate(layers):
-            keep = row.keep if index == len(self.layers) - 1 else None
+            keep = kept if index == len(self.layers) - 1 else None
             hidden = run(hidden, layer, boundaries, cosine, sine, keep, sizes)
+        if kept is None:
+            hidden = hidden[num_virtual:]
         return rms_norm(hidden, norm_weight(self._backbone.norm), self.sizes.eps)
 
     def _recomputed(

@@ -14,6 +14,7 @@ from peft import (
     OFTConfig,
     PeftConfig,
     PeftModel,
+    PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -36,12 +37,15 @@ METHODS: dict[str, PeftConfig] = {
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
     "norms": LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
+    "prompt_tuning": PromptTuningConfig(num_virtual_tokens=16, task_type="CAUSAL_LM"),
 }
 """Relatives of LoRA that the fast path takes; VeRA with a rank that its kernels do not."""
 
 OTHERS: dict[str, PeftConfig] = {
     "oft": OFTConfig(r=0, oft_block_size=32, target_modules=LINEARS),
-    "prompt_tuning": PromptTuningConfig(num_virtual_tokens=16, task_type="CAUSAL_LM"),
+    "p_tuning": PromptEncoderConfig(
+        num_virtual_tokens=16, encoder_hidden_size=64, task_type="CAUSAL_LM"
+    ),
 }
 """Methods that it does not take."""
 
@@ -79,7 +83,7 @@ def adapt(
     else:
         model = get_peft_model(base, LoraConfig(**options))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_E" in name or "vera_lambda_b" in name:
+        if any(part in name for part in ("lora_B", "lora_E", "vera_lambda_b", "oft_R")):
             torch.nn.init.normal_(parameter, std=0.02)
         elif parameter.requires_grad and "lora_A" not in name:
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)

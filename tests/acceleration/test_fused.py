@@ -28,17 +28,19 @@ from medqlora.acceleration import (
     last_hidden,
     packed_attention,
     prepare_for_training,
+    use_packed_attention,
 )
 from medqlora.acceleration.folding import why_no_kernels, why_not_fused, why_other_layers
 from medqlora.acceleration.fused import FusedBackbone, enable_fused, geglu
 from medqlora.acceleration.operators import matmul
 from medqlora.errors import ConfigError
-from medqlora.finetuning import attach_adapter
+from medqlora.finetuning import attach_adapter, load_adapter, save_adapter
 from medqlora.quantization import QuantConfig, load_base
 from medqlora.quantization.embedding import QuantizedEmbedding
 from tests.acceleration.fast_path import (
     LINEARS,
     METHODS,
+    OTHERS,
     VOCABULARY,
     adapt,
     curve,
@@ -127,6 +129,25 @@ def test_other_adapters_learn_what_they_learn_in_plain_layers(folder, method):
     plain = curve(set_up(model, fused=False), steps=6)
     assert plain[-1] < plain[0]
     assert distance(curve(set_up(model), steps=6), plain) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["lora", *METHODS, *OTHERS])
+def test_an_adapter_that_is_loaded_scores_as_it_was_trained(folder, method, tmp_path):
+    """Frozen, so that nothing that is trained tells that it is there."""
+    row = rows(1, prefix=3)[0]
+    model = set_up(adapt(folder, "cpu", method=method, compute_dtype="float32"), fused=False).eval()
+    save_adapter(model, tmp_path / "adapter")
+    quant = QuantConfig("nf4", double_quant=True, compute_dtype="float32")
+    base = load_base(folder, quant, device="cpu")
+    use_packed_attention(base)
+    accelerate(base, Acceleration(), "cpu", 1024)
+    with torch.no_grad():
+        expected, bare = last_hidden(model, row), last_hidden(base, row)
+        loaded = load_adapter(base, tmp_path / "adapter")
+        assert relative(last_hidden(loaded, row), expected) < 1e-5, "set up for the bare base"
+        accelerate(loaded, Acceleration(), "cpu", 1024)
+        assert relative(last_hidden(loaded, row), expected) < 1e-5
+    assert relative(bare, expected) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["adalora", "vera"])

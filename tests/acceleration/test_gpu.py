@@ -126,7 +126,7 @@ def test_other_adapters_and_whole_weights_in_8_bit_floats(folder, method, data_t
 
 
 @pytest.mark.parametrize(
-    ("method", "data_type"), [("lora", "int8"), ("oft", "nf4"), ("prompt_tuning", "nf4")]
+    ("method", "data_type"), [("lora", "int8"), ("oft", "nf4"), ("p_tuning", "nf4")]
 )
 @pytest.mark.parametrize("name", ["plain_compiled", "plain_cuda_graphs"])
 def test_what_the_fast_path_does_not_take_is_compiled_to_the_same(folder, method, data_type, name):
