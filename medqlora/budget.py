@@ -41,6 +41,7 @@ LIKELY = 0.85
 """Part of it up to which an estimate is expected to fit: it is met within 7 %."""
 
 _QUESTION_LENGTH = 64
+# By the class in the config, as there is no model yet to ask `why_not_fused` about.
 _FOLDED = (
     "LoraConfig", "AdaLoraConfig", "VeraConfig", "IA3Config", "LNTuningConfig",
     "PromptTuningConfig", "no_adapter",
@@ -163,7 +164,8 @@ def estimated_peak(
         fused=fused,
         float8=fused and bool(acceleration.get("float8")),
         trains_base=method == "FullFinetuning",
-        token_dropout=bool(peft.get("lora_dropout")) and acceleration.get("dropout_per") != "row",
+        token_dropout=bool(peft.get("lora_dropout") or peft.get("vera_dropout"))
+        and acceleration.get("dropout_per") != "row",
     ).total_gb
 
 

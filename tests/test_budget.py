@@ -87,6 +87,7 @@ def test_rows_that_cannot_fit_are_refused_before_anything_is_loaded(gpu_of, capl
         (["peft=dora_r16"], {}),
         (["peft=adalora"], {"r": 24}),
         (["peft=vera"], {"r": 1}),
+        (["peft=vera", "peft.vera_dropout=0.1"], {"r": 1, "token_dropout": True}),
         (["peft=ia3"], {"r": 0, "targets": ()}),
         (["peft=norms"], {"r": 0, "targets": ()}),
         (["peft=none"], {"r": 0, "targets": ()}),

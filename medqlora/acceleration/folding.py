@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from medqlora.acceleration.backbone import find_backbone
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm")
 
 _ADAPTER = "default"
 _FOLDED = (LoraLayer, VeraLayer, IA3Layer, LNTuningLayer)
@@ -117,16 +116,15 @@ def why_not_fused(model: nn.Module) -> str | None:
 
 def why_other_layers(model: nn.Module) -> str | None:
     """Why a model is none whose layers the fast path computes, wherever it is."""
-    backbone = find_backbone(model)
-    config: Any = backbone.config
+    backbone: Any = find_backbone(model)
+    config = backbone.config
     if config.model_type != "gemma":
         return f"it is made for Gemma 1, not for {config.model_type}"
     if config.hidden_act not in ("gelu", "gelu_pytorch_tanh") or config.attention_bias:
         return "the activation or the attention bias is not Gemma's"
     adapters, dtypes = set(), set()
     for name, module in linears(backbone):
-        base = getattr(module, "base_layer", module)
-        state = getattr(getattr(base, "weight", None), "quant_state", None)
+        base, state = _base(module), quant_state(module)
         if (state is None and not _is_whole(base)) or base.bias is not None:
             return f"{name} is stored neither in 4 bits nor in 16 or 32, or has a bias"
         if state is not None and state.nested and state.state2.blocksize != 256:
@@ -134,8 +132,7 @@ def why_other_layers(model: nn.Module) -> str | None:
         dtypes.add(compute_dtype(module))
         if (reason := why_not_folded(module)) is not None:
             return reason
-        if isinstance(module, LoraLayer | VeraLayer):
-            adapters.add(scaling_and_dropout(module))
+        adapters |= {scaling_and_dropout(module)} - {None}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float32}:
         return "it computes all layers in bfloat16 or all in float32"
     if (prompt := virtual_tokens(model)) is None and learns_prompt(model):
@@ -148,8 +145,7 @@ def why_other_layers(model: nn.Module) -> str | None:
     ]
     if others:
         return f"{others[0]} is trained, which is no part of an adapter that it folds"
-    norms = [norm for number in range(len(backbone.layers)) for norm in _norms(backbone, number)]  # type: ignore[arg-type]
-    for norm in [*norms, backbone.norm]:
+    for norm in [*(norm for layer in backbone.layers for norm in _norms(layer)), backbone.norm]:
         if (reason := why_not_folded(norm)) is not None:
             return reason
     if len(adapters) > 1:
@@ -180,8 +176,7 @@ def virtual_tokens(model: nn.Module) -> Tensor | None:
 def why_no_kernels(model: nn.Module) -> str | None:
     """Why the kernels for CUDA do not take the layers of a model that the fast path computes."""
     for name, module in linears(find_backbone(model)):
-        base = getattr(module, "base_layer", module)
-        state = getattr(base.weight, "quant_state", None)
+        base, state = _base(module), quant_state(module)
         if compute_dtype(module) != torch.bfloat16 or (state and state.blocksize > 128):
             return "it computes in bfloat16 with blocks of at most 128 weights"
         if base.out_features % 64 or base.in_features % 128:
@@ -206,7 +201,8 @@ def why_not_folded(module: Any) -> str | None:
         variant = adapter.lora_variant.get(_ADAPTER)
         if adapter.lora_bias.get(_ADAPTER) or (variant is not None and not _has_magnitude(adapter)):
             return "the adapter is a variant of LoRA"
-        if _has_magnitude(adapter) and scaling_and_dropout(adapter)[1]:
+        found = scaling_and_dropout(adapter)
+        if _has_magnitude(adapter) and found and found[1]:
             return "DoRA with dropout drops what the base reads as well"
     return None
 
@@ -228,47 +224,61 @@ def _is_whole(base: Any) -> bool:
 # --- what it reads --------------------------------------------------------------------------------
 
 
-def linears(backbone: Any, number: int | None = None) -> Iterator[tuple[str, Any]]:
-    """The linear layers of one decoder layer or of all, with their names within its halves."""
-    for layer in backbone.layers if number is None else [backbone.layers[number]]:
-        for name in LINEARS:
-            yield name, getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
+def linears(backbone: Any) -> Iterator[tuple[str, Any]]:
+    """The linear layers of all decoder layers, with their names within its halves."""
+    for layer in backbone.layers:
+        yield from zip(LINEARS, _linears(layer), strict=True)
 
 
-def _norms(backbone: Any, number: int) -> list[Any]:
-    return [getattr(backbone.layers[number], name) for name in NORMS]
+def _linears(layer: Any) -> list[Any]:
+    return [getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name) for name in LINEARS]
+
+
+def _norms(layer: Any) -> list[Any]:
+    return [layer.input_layernorm, layer.post_attention_layernorm]
 
 
 def adapted_modules(backbone: Any) -> list[Any]:
-    """The linear layers and norms of the first decoder layer with an adapter, else of the first."""
+    """The linear layers and norms of the first decoder layer with an adapter, else of the last."""
+    modules: list[Any] = []
+    for layer in backbone.layers:
+        modules = [*_linears(layer), *_norms(layer)]
+        if any(isinstance(module, BaseTunerLayer) for module in modules):
+            break
+    return modules
 
-    def modules(number: int) -> list[Any]:
-        return [*(module for _, module in linears(backbone, number)), *_norms(backbone, number)]
 
-    for number in range(len(backbone.layers)):
-        if any(isinstance(module, BaseTunerLayer) for module in modules(number)):
-            return modules(number)
-    return modules(0)
+def _base(module: Any) -> Any:
+    """A linear layer without its adapter."""
+    return getattr(module, "base_layer", module)
+
+
+def quant_state(module: Any) -> Any:
+    """How a linear layer is stored in 4 bits; None if it is not."""
+    return getattr(getattr(_base(module), "weight", None), "quant_state", None)
 
 
 def compute_dtype(module: Any) -> torch.dtype:
     """What a linear layer computes in."""
-    base = getattr(module, "base_layer", module)
+    base = _base(module)
     return getattr(base, "compute_dtype", None) or base.weight.dtype
 
 
-def scaling_and_dropout(adapter: Any) -> tuple[float, float]:
-    """The factor on the product of A and B, and the share of inputs that is dropped."""
-    is_lora = isinstance(adapter, LoraLayer)
-    dropout = (adapter.lora_dropout if is_lora else adapter.vera_dropout)[_ADAPTER]
-    scaling = float(adapter.scaling[_ADAPTER]) if is_lora else 1.0
-    return scaling, float(getattr(dropout, "p", 0.0))  # Identity has none
+def scaling_and_dropout(module: Any) -> tuple[float, float] | None:
+    """The factor on the product of A and B, and the share of inputs dropped; None without them."""
+    if isinstance(module, VeraLayer):
+        scaling, dropout = 1.0, module.vera_dropout
+    elif isinstance(module, LoraLayer):
+        scaling, dropout = float(module.scaling[_ADAPTER]), module.lora_dropout
+    else:
+        return None
+    return scaling, float(getattr(dropout[_ADAPTER], "p", 0.0))  # Identity has none
 
 
 def adapter_dropout(model: nn.Module) -> float:
     """Share of its inputs that the adapter of a model drops in training."""
-    adapters = (m for m in find_backbone(model).modules() if isinstance(m, LoraLayer | VeraLayer))
-    return max((scaling_and_dropout(adapter)[1] for adapter in adapters), default=0.0)
+    found = (scaling_and_dropout(module) for module in find_backbone(model).modules())
+    return max((dropout for _, dropout in filter(None, found)), default=0.0)
 
 
 def read_layer(layer: Any) -> Layer:
@@ -276,11 +286,7 @@ def read_layer(layer: Any) -> Layer:
     return Layer(
         norm_weight(layer.input_layernorm),
         norm_weight(layer.post_attention_layernorm),
-        *(
-            Linear(_stored(module), _adapter(module))
-            for name in LINEARS
-            for module in [getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)]
-        ),
+        *(Linear(_stored(module), _adapter(module)) for module in _linears(layer)),
     )
 
 
@@ -291,8 +297,7 @@ def norm_weight(norm: Any) -> Tensor:
 
 
 def _stored(module: Any) -> Stored:
-    base = getattr(module, "base_layer", module)
-    state = getattr(base.weight, "quant_state", None)
+    base, state = _base(module), quant_state(module)
     if state is None:
         return Stored(base.weight)
     nested = state.nested
@@ -330,10 +335,9 @@ def _adapter(layer: nn.Module) -> Adapter:
 
 def largest_weight(module: Any) -> Tensor:
     """The largest absolute weight of a layer's base; where it is in 4 bits, of any block."""
-    base = getattr(module, "base_layer", module)
-    state = getattr(base.weight, "quant_state", None)
+    state = quant_state(module)
     if state is None:
-        return base.weight.detach().abs().max()
+        return _base(module).weight.detach().abs().max()
     if not state.nested:
         return state.absmax.max()
     import bitsandbytes.functional as bnb

@@ -24,8 +24,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from peft.tuners.lora import LoraLayer
-from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -48,6 +46,7 @@ from medqlora.acceleration.folding import (
     learns_prompt,
     linears,
     norm_weight,
+    quant_state,
     read_layer,
     scaling_and_dropout,
     virtual_tokens,
@@ -154,12 +153,11 @@ class FusedBackbone:
         config = self._backbone.config
         adapter, largest, block_size, dtype = (0.0, 0.0), 0.0, 64, torch.bfloat16
         for _, module in linears(self._backbone):
-            state = getattr(getattr(module, "base_layer", module).weight, "quant_state", None)
-            block_size = block_size if state is None else state.blocksize
+            if (state := quant_state(module)) is not None:
+                block_size = state.blocksize
             dtype = compute_dtype(module)
             largest = max(largest, float(largest_weight(module))) if float8 else 0.0
-            if isinstance(module, LoraLayer | VeraLayer):
-                adapter = scaling_and_dropout(module)
+            adapter = scaling_and_dropout(module) or adapter
         self.sizes = Sizes(
             num_heads=config.num_attention_heads,
             head_dim=config.head_dim,
