@@ -490,9 +490,8 @@ def _factors(adapter: Adapter, sizes: Sizes) -> tuple[Tensor | None, Tensor | No
 
 
 def _adds_in_place(hidden: Tensor, linear: Linear, sizes: Sizes) -> bool:
-    as_it_is = linear.adapter.magnitude is None and linear.adapter.output_scale is None
-    learns = torch.is_grad_enabled() or bool(sizes.weight_scale)
-    return hidden.is_cuda and as_it_is and not learns
+    scaled = linear.adapter.magnitude is not None or linear.adapter.output_scale is not None
+    return hidden.is_cuda and not (torch.is_grad_enabled() or sizes.weight_scale or scaled)
 
 
 def _add_linear(
