@@ -10,9 +10,8 @@ whole vocabulary lie from those of the 16-bit base (norm of the difference over 
 questions scored a second. For each option of `conf/peft` on it: 50 updates of 2,048 tokens in
 Lightning's Trainer with the defaults of `train`, as fast as the run measures itself (warm-up left
 out), the peak of the allocator, and what is trained. One process and one line of JSON a step;
-random questions of the lengths in tokens that `--lengths` names. `acceleration` is the default,
-but plain layers are not compiled (`acceleration.compile=none`), which would take a minute each.
-Overrides of Hydra are for all steps.
+random questions of the lengths in tokens that `--lengths` names. `acceleration` is the default;
+overrides of Hydra are for all steps.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ QUANTS |= {"nf4_single": ("lora_r16",), "nf4_block128": (), "hqq_4bit": (), "tor
 
 def config(arguments: argparse.Namespace, quant: str, peft: str, train_file: Path) -> Any:
     """The config of `train` for one step of the matrix."""
-    plain = not quant.startswith(("nf4", "fp4", "none")) or peft in ("oft", "full")
     return compose(
         "train",
         [
@@ -55,7 +53,7 @@ def config(arguments: argparse.Namespace, quant: str, peft: str, train_file: Pat
             f"peft={peft}", "logger=csv", "baselines=[]", f"data.token_budget={arguments.tokens}",
             f"trainer.max_steps={arguments.steps}", "callbacks.progress=null",
             "callbacks.checkpoints=null", f"trainer={arguments.trainer}",
-            *(["acceleration.compile=none"] if plain else []), *arguments.overrides,
+            *arguments.overrides,
         ],
     )  # fmt: skip
 

@@ -175,10 +175,14 @@ def accelerate(
             "out, or change that."
         )
     disable_fused(model)
-    if mode != "none":
-        find_backbone(model).compile(
-            dynamic=False, mode="reduce-overhead" if mode == "cuda_graphs" else None
-        )
+    backbone: Any = find_backbone(model)
+    if mode == "cuda_graphs":
+        # As a whole: each call of what is compiled gives the results of the one before it away.
+        backbone.compile(dynamic=False, mode="reduce-overhead")
+    elif mode == "default":
+        # One by one: what is compiled for the first layer serves all, in a fraction of the time.
+        for layer in backbone.layers:
+            layer.compile(dynamic=False)
     return f"plain layers ({reason}), compile={mode}"
 
 

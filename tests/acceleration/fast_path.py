@@ -202,7 +202,9 @@ def compare_compiled(folder: str, method: str, data_type: str) -> None:
     model = adapt(folder, "cpu", compute_dtype="float32", method=method, data_type=data_type)
     expected, gradients = run(model, row)  # plain layers
     told = accelerate(model, Acceleration(compile="default"), "cpu", BUDGET)
-    assert told == "fast path, compile=default", told
+    way = "plain layers (" if method in OTHERS else "fast path, "
+    assert told.startswith(way), told
+    assert told.endswith("compile=default"), told
     hidden, others = run(model, row)
     worst = max(relative(others[n], gradients[n]) for n in gradients)
     print(relative(hidden, expected), worst)

@@ -168,9 +168,11 @@ def test_dropout_of_other_adapters_keeps_its_expectation(folder, method):
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
     reason="torch compiles for the CPU with a C++ compiler, and there is none",
 )
-@pytest.mark.parametrize(("method", "data_type"), [("lora", "nf4"), ("dora", "none")])
+@pytest.mark.parametrize(
+    ("method", "data_type"), [("lora", "nf4"), ("dora", "none"), ("oft", "nf4")]
+)
 def test_compiled_on_the_cpu_it_gives_the_same(folder, method, data_type):
-    """In a process of its own: the compiler cannot look into the checks of shapes."""
+    """And plain layers, of OFT. The compiler cannot look into checks of shapes, hence a process."""
     arguments = f"{folder!r}, {method!r}, {data_type!r}"
     code = f"from tests.acceleration import fast_path; fast_path.compare_compiled({arguments})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

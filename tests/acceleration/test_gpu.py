@@ -44,6 +44,11 @@ FAST = {
     "offload": {"fused": "on", "compile": "default", "gradient_checkpointing": "offload"},
     "plain_compiled": {"fused": "off", "compile": "default"},
     "plain_cuda_graphs": {"fused": "off", "compile": "cuda_graphs"},
+    "plain_layers_compiled": {
+        "fused": "off",
+        "compile": "default",
+        "gradient_checkpointing": True,
+    },
     "plain_mlp": {**PLAIN, "gradient_checkpointing": "mlp"},
     "plain_offload": {**PLAIN, "gradient_checkpointing": "offload"},
 }
