@@ -243,6 +243,8 @@ class _Trial:
     def __call__(self, budget: int) -> None:
         if self.module is None:
             datamodule = pipeline.build_datamodule(self.cfg)
+            # A random row has no solved questions in front, which would have to be read.
+            datamodule.prompt = datamodule.prompt.without_shots()
             datamodule.prepare_letters()
             base = pipeline.build_base(self.cfg)
             self.module = pipeline.build_training_module(self.cfg, base, datamodule, 100)

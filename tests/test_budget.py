@@ -169,6 +169,14 @@ def test_auto_becomes_a_number_that_is_remembered(monkeypatch, tmp_path, caplog)
     assert cfg.data.token_budget == "auto"
 
 
+def test_the_trial_needs_no_solved_questions(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDQLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(budget, "BUDGETS", (1024,))
+    options = ["acceleration.num_threads=1", "data.token_budget=auto", "prompt=few_shot"]
+    cfg = compose("train", ["experiment=quickstart", *options])
+    assert with_token_budget(cfg).data.token_budget == 1024
+
+
 def test_a_given_number_stays(tmp_path):
     cfg = compose("train", ["experiment=quickstart"])
     assert with_token_budget(cfg) is cfg

@@ -145,7 +145,9 @@ def _varlen(
         key, value = (
             torch.where(there[:, None, None], t.index_select(0, taken), 0.0) for t in (key, value)
         )
-    out = varlen_attn(query, key, value, cu_seqlens, cu_keys, max_length, max_length, **options)
+    # Pieces of padding are as long without the shared tokens as questions are with them.
+    longest = max_length + prefix_length
+    out = varlen_attn(query, key, value, cu_seqlens, cu_keys, max_length, longest, **options)
     assert isinstance(out, Tensor)
     return out
 
@@ -270,6 +272,8 @@ class _Layout(NamedTuple):
         lengths = cu_seqlens.diff().long()
         starts = cu_seqlens[:-1][lengths > 0].long()
         lengths = lengths[lengths > 0]
+        if not len(lengths):  # in the row of a process that got none, a token of padding is one
+            starts, lengths = cu_seqlens[:1].long(), torch.ones_like(cu_seqlens[:1]).long()
         shapes, token, own, shared, begin = [], [], [], [], 0
         for questions in lengths.argsort().chunk(BATCHES):
             length, start = lengths[questions, None], starts[questions, None]

@@ -302,7 +302,7 @@ def _stored(module: Any) -> Stored:
         return Stored(base.weight)
     nested = state.nested
     return Stored(
-        base.weight.data,
+        base.weight.data.view(torch.uint8),  # for FSDP they are kept in the type of other weights
         state.absmax,
         state.state2.absmax if nested else None,
         state.state2.code if nested else None,

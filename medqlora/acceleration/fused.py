@@ -312,6 +312,7 @@ class FusedBackbone:
             )
             # In the type that transformers hands to attention.
             self._angles = angles.cos().to(self.sizes.dtype), angles.sin().to(self.sizes.dtype)
+            self._graphs.clear()  # which read the shorter ones
         cosine, sine = self._angles
         return cosine[positions], sine[positions]
 

@@ -421,8 +421,10 @@ class MedMCQADataModule(LightningDataModule):
             # Of copies the first is kept, so held-out questions go first: a copy leaves train, not
             # test.
             order = np.argsort([-SPLITS.index(split) for split in source.splits], kind="stable")
-            ordered = {"": [questions[i] for i in order]}
             for name in self.drop:
+                # Without what is left out already, of which a copy would be a copy of nothing.
+                order = order[keep[order]]
+                ordered = {"": [questions[i] for i in order]}
                 rows = order[sorted({finding.row - 1 for finding in find(ordered, [name])})]
                 self.dropped[name] = int(keep[rows].sum())
                 keep[rows] = False
@@ -642,6 +644,8 @@ class MedMCQADataModule(LightningDataModule):
         shared = self._prefix_length(tokenized)
         mean = self._mean_length or float(tokenized.lengths.mean()) - shared
         places = max_questions_of(mean, token_budget)
+        if not self._mean_length:
+            places = _power_of_two(places)
         return RowPlan(tokenized.lengths - shared, token_budget - shared, places, **options)
 
     def _world(self) -> tuple[int, int]:
@@ -731,7 +735,7 @@ class MedMCQADataModule(LightningDataModule):
             )
         budget = self.eval_token_budget
         plan = self._rows(tokenized, budget, shuffle=False)
-        longest = max(self.max_length, 64 * -(-int(tokenized.lengths.max()) // 64))
+        longest = max(self.max_length, _power_of_two(max(64, int(tokenized.lengths.max()))))
         for members in plan.rows(0):
             yield build_row(
                 tokenized,
@@ -847,6 +851,11 @@ class MedMCQADataModule(LightningDataModule):
         if self.trainer is None:
             return None
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # pyright: ignore
+
+
+def _power_of_two(number: int) -> int:
+    """The next one: rows of questions that come one by one, of any length, have few shapes then."""
+    return 1 << (number - 1).bit_length()
 
 
 def _budget(option: str, value: Any) -> int:

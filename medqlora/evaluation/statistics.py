@@ -227,7 +227,9 @@ def compare_seeds(
     analysis-of-variance (moment) estimates: the variance of the questions' mean differences, plus
     what the runs' accuracies vary beyond the noise in them, cut at zero as REML does. The spread of
     seeds is taken to be the same in both settings, so one of them may have a single run. p-value
-    and interval are Student's t with Satterthwaite's degrees of freedom.
+    and interval are Student's t with Satterthwaite's degrees of freedom. Where all questions differ
+    by the same and runs do not, that has no spread to go by: the p-value is the exact sign test's
+    of the questions, as `compare_runs` has it, and the interval has no width.
 
     Args:
         runs_a: One list of predictions for each seed of the first setting.
@@ -271,9 +273,11 @@ def compare_seeds(
     seed_part = max(between_runs - noise / n, 0.0) * scale
 
     variance = question_part + seed_part
+    method = "crossed random effects of seed and question, Satterthwaite t"
     if variance == 0:
         interval = Interval(difference, difference)
-        p_value = 1.0 if difference == 0 else 0.0
+        p_value = mcnemar_exact(int((by_question < 0).sum()), int((by_question > 0).sum()))
+        method = "exact sign test of questions that all differ alike"
     else:
         free = variance**2 / (question_part**2 / (n - 1) + seed_part**2 / num_free)
         error = variance**0.5
@@ -294,7 +298,7 @@ def compare_seeds(
         p_value=p_value,
         num_seeds_a=num_a,
         num_seeds_b=num_b,
-        method="crossed random effects of seed and question, Satterthwaite t",
+        method=method,
     )
 
 

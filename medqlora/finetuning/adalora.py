@@ -97,6 +97,21 @@ def orthogonality(tuner: Any) -> Float[Tensor, ""]:
     return tuner.rankallocator.peft_config.orth_reg_weight * torch.cat(norms).mean()
 
 
+def keep_ranks_in_use(tuner: Any) -> None:
+    """Let the ranks that are written be those whose singular value is not zero.
+
+    PEFT writes those of its last move, but restored weights are of an earlier one, and values that
+    were set to zero grow again until the next. Before the first move all are written.
+    """
+    config = tuner.peft_config[tuner.rankallocator.adapter_name]
+    if config.rank_pattern:
+        config.rank_pattern = {
+            name: values.ne(0).flatten().tolist()
+            for name, values in tuner.rankallocator.factors.items()
+            if "lora_E" in name
+        }
+
+
 def state_of(tuner: Any) -> dict[str, Any]:
     """What a checkpoint keeps of the ranks beside the weights."""
     ranks = tuner.rankallocator

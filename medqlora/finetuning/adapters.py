@@ -37,7 +37,7 @@ from transformers.utils.hub import cached_file
 
 from medqlora.acceleration import find_backbone
 from medqlora.errors import CheckpointError, ConfigError
-from medqlora.finetuning.adalora import allocate_at_once
+from medqlora.finetuning.adalora import allocate_at_once, find_adalora, keep_ranks_in_use
 
 AdapterDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -252,6 +252,8 @@ def _write_adapter(
             raise ConfigError("peft=none trained nothing, so there is no adapter to save.")
         save_file(state, directory / FULL_WEIGHTS, metadata={"format": "pt"})
         return
+    if (tuner := find_adalora(model)) is not None:
+        keep_ranks_in_use(tuner)
     config = copy.deepcopy(model.peft_config[_ADAPTER])
     state = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
     state = _contiguous(cast(dict[str, Tensor], state))
@@ -604,7 +606,11 @@ def _as_plain_lora(
         is_a = "lora_A" in name
         double[name] = torch.cat([tensor, start if is_a else -start], dim=0 if is_a else 1)
     # The scale alpha / r must not change; with rsLoRA it is alpha / sqrt(r).
-    config.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)  # type: ignore[assignment]
+    factor: Any = 2**0.5 if config.use_rslora else 2
+    config.lora_alpha *= factor
     config.r *= 2
+    alphas, ranks = config.alpha_pattern or {}, config.rank_pattern or {}
+    config.alpha_pattern = {name: factor * alpha for name, alpha in alphas.items()}
+    config.rank_pattern = {name: 2 * rank for name, rank in ranks.items()}
     config.init_lora_weights = True
     return double

@@ -155,6 +155,32 @@ def test_keys_with_the_shared_ones_in_front_keep_their_order_and_use_no_empty_pl
     assert len(there) == 20 + 4 * (len(boundaries) - 2)
 
 
+def test_the_cuda_kernel_is_told_of_the_longest_keys(monkeypatch):
+    """Behind shared tokens those of padding are longer than any question's."""
+    told = []
+
+    def varlen_attn(query, key, value, cu_queries, cu_keys, max_queries, max_keys, **options):
+        told.extend([cu_queries.diff().max() <= max_queries, cu_keys.diff().max() <= max_keys])
+        return query
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    query, key, _ = qkv(40)
+    key = key.repeat_interleave(2, dim=1)
+    attention._varlen(query, key, key, cover_padding(SHARED, 40, 13), 13, None, 4)
+    assert told == [True, True]
+
+
+@pytest.mark.parametrize("prefix", [0, 4])
+def test_a_row_without_questions_attends_and_gives_no_gradient_but_zeros(prefix):
+    """A process that got none of the questions has such rows."""
+    packed = qkv(requires_grad=True)
+    boundaries = torch.full((6,), prefix, dtype=torch.int32)
+    out = packed_attention(*packed, boundaries, max_length=13, prefix_length=prefix)
+    assert torch.isfinite(out).all()
+    (out * 0.0).sum().backward()
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in packed)
+
+
 def test_an_adapter_that_widens_a_projection_changes_no_attention(tiny_gemma, pack, questions):
     """IA3 scales the keys in float32, while the queries of a 16-bit base stay as they are."""
     model = tiny_gemma.bfloat16()

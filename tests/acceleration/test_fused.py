@@ -30,7 +30,12 @@ from medqlora.acceleration import (
     prepare_for_training,
     use_packed_attention,
 )
-from medqlora.acceleration.folding import why_no_kernels, why_not_fused, why_other_layers
+from medqlora.acceleration.folding import (
+    read_layer,
+    why_no_kernels,
+    why_not_fused,
+    why_other_layers,
+)
 from medqlora.acceleration.fused import FusedBackbone, enable_fused, geglu
 from medqlora.acceleration.operators import matmul
 from medqlora.errors import ConfigError
@@ -189,6 +194,35 @@ def test_what_is_computed_again_is_the_same(adapted):
         hidden, others = run(set_up(adapted, again=again), row)
         assert relative(hidden, expected) < 1e-6, again
         assert max(relative(others[n], gradients[n]) for n in gradients) < 0.01, again
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+def test_codes_that_are_kept_in_another_type_are_read_as_bytes(folder, storage):
+    """As FSDP wants them; the kernels index bytes."""
+    (plain, _), (kept, model) = (
+        (read_layer(find_backbone(base).layers[0]), base)
+        for base in (
+            load_base(folder, QuantConfig("nf4", quant_storage=each), device="cpu")
+            for each in (None, storage)
+        )
+    )
+    for one, other in zip(plain[2:], kept[2:], strict=True):
+        assert other.stored.packed.dtype == torch.uint8
+        assert torch.equal(other.stored.packed.flatten(), one.stored.packed.flatten())
+    weight = find_backbone(model).layers[0].mlp.up_proj.weight
+    assert weight.dtype == getattr(torch, storage)
+    assert weight.data_ptr() == kept.up.stored.packed.data_ptr()
+
+
+def test_longer_angles_drop_what_was_recorded_with_shorter_ones(adapted):
+    fast = FusedBackbone(adapted, compile=False)
+    fast._rotary(8, torch.arange(8))
+    recorded: dict = {"shorter": None}
+    fast._graphs = recorded
+    fast._rotary(8, torch.arange(8))
+    assert recorded
+    fast._rotary(9, torch.arange(9))
+    assert not recorded
 
 
 def test_all_hidden_states_are_those_of_plain_layers(adapted):

@@ -235,6 +235,18 @@ def test_questions_of_no_split_are_packed_like_those_of_one(make_data):
         list(bare.pack([question(options=tuple("vwxyz"))]))
 
 
+def test_questions_that_come_one_by_one_have_few_shapes(make_data):
+    """Each shape is compiled on CUDA, in the middle of a request."""
+    bare = make_data(token_budget=2048)
+    bare.prepare_letters(4)
+    shapes = {
+        (len(row.last), row.max_length)
+        for words in range(1, 900, 9)
+        for row in bare.pack([question(stem="why " * words)])
+    }
+    assert 1 < len(shapes) < 12
+
+
 def test_train_can_be_scored_without_shuffle_or_labels(make_data):
     data = make_data(targets="explanation", eval_token_budget=512)
     data.setup()

@@ -140,6 +140,16 @@ def test_drop_leaves_out_what_the_audit_finds(tmp_path, make_data):
     assert {"q3", "q5", "q20"}.isdisjoint(q.id for q in data.questions["train"])
 
 
+def test_a_copy_of_what_is_left_out_stays(tmp_path, make_data):
+    """The first of two copies has no label: it goes for that, and the other is the only one."""
+    row = raw_row(200)
+    file = write_jsonl(tmp_path / "t.jsonl", [row | {"id": "bare", "cop": None}, row])
+    data = make_data(test_file=file, drop=["unlabelled", "identical"])
+    data.setup()
+    assert [q.id for q in data.questions["test"]] == ["q200"]
+    assert data.dropped == {"unlabelled": 1, "identical": 0}
+
+
 def test_copy_leaves_train_rather_than_test(tmp_path, make_data):
     copy = raw_row(200) | {
         k: raw_row(7)[k] for k in ("question", "opa", "opb", "opc", "opd", "cop")

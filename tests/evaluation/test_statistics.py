@@ -261,11 +261,15 @@ def test_mixed_comparison_has_the_moment_estimates_of_a_two_way_analysis(seeds, 
     assert result.method == "crossed random effects of seed and question, Satterthwaite t"
 
 
-def test_settings_that_differ_everywhere_and_never_vary_differ_for_sure():
-    """Two questions are enough to say so; nothing varies, so the interval has no width."""
-    wrong, right = _predict([0, 0]), _predict([1, 1])
+@pytest.mark.parametrize(("n", "p_value"), [(2, 0.5), (3, 0.25), (10, 2**-9)])
+def test_settings_that_differ_everywhere_and_never_vary_are_as_sure_as_their_questions(n, p_value):
+    """As two single runs are: two questions say little. The interval has no width."""
+    wrong, right = _predict([0] * n), _predict([1] * n)
     result = compare_seeds([wrong, wrong], [right])
-    assert (result.difference, result.ci_low, result.ci_high, result.p_value) == (1, 1, 1, 0)
+    assert (result.difference, result.ci_low, result.ci_high) == (1, 1, 1)
+    assert result.p_value == pytest.approx(p_value)
+    assert result.p_value == compare_runs(wrong, right).p_value
+    assert "sign test" in result.method
     same = compare_seeds([right, right], [right])
     assert (same.difference, same.p_value) == (0, 1)
 

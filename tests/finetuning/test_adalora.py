@@ -9,8 +9,10 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora import RankAllocator as PeftRankAllocator
 
+from medqlora.acceleration import last_hidden
 from medqlora.finetuning import attach_adapter, load_adapter, save_adapter
 from medqlora.finetuning.adalora import RankAllocator, find_adalora, orthogonality
+from medqlora.finetuning.adapters import trainable_state
 
 CONFIG = AdaLoraConfig(
     init_r=4, target_r=2, total_step=6, deltaT=2, target_modules=["q_proj", "down_proj"]
@@ -77,6 +79,29 @@ def test_an_adapter_that_is_loaded_to_be_trained_has_it_too(base, tmp_path):
     assert set(factors.values()) == {p for n, p in loaded.named_parameters() if "lora_" in n}
     assert sum(p.shape[0] for n, p in factors.items() if "lora_A" in n) < 4 * len(factors) / 3
     assert torch.isfinite(orthogonality(loaded))
+
+
+@pytest.mark.parametrize("go_back", [False, True])
+def test_what_is_written_are_the_ranks_in_use(base, rows, tmp_path, go_back):
+    """Not those of the last move: what it cut grows again, and the best weights are of another."""
+    model = attach_adapter(base(), CONFIG)
+    tuner, row = find_adalora(model), rows[0]
+    step(tuner, 1)
+    step(tuner, 2)
+    earlier = {name: p.clone() for name, p in trainable_state(model).items()}
+    moved = copy.deepcopy(tuner.peft_config["default"].rank_pattern)
+    step(tuner, 4)
+    if go_back:
+        model.load_state_dict(earlier, strict=False)
+    else:
+        step(tuner, 5)  # no move follows
+    with torch.no_grad():
+        scored = last_hidden(model, row)
+        save_adapter(model, tmp_path / "adapter")
+        loaded = last_hidden(load_adapter(base(), tmp_path / "adapter"), row)
+    torch.testing.assert_close(loaded, scored, rtol=0, atol=0)
+    kept = tuner.peft_config["default"].rank_pattern
+    assert sum(map(sum, kept.values())) > sum(map(sum, moved.values())) - go_back
 
 
 def test_other_models_have_none_of_it(base):

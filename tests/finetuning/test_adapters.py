@@ -85,6 +85,30 @@ def test_each_method_trains_two_steps_and_comes_back_and_merges(
     torch.testing.assert_close(folded, trained, rtol=0, atol=0.1 if quant == "int8" else 1e-3)
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    ],
+)
+def test_a_rewritten_base_may_have_other_ranks_and_scales_for_some_layers(
+    base, rows, tmp_path, patterns
+):
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights="pissa", **targets, **patterns)
+    model = attach_adapter(base("none"), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+        expected = last_hidden(model, rows[0])
+        save_adapter(model, tmp_path / "adapter")
+        loaded = last_hidden(load_adapter(base("none"), tmp_path / "adapter"), rows[0])
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-4)
+
+
 def test_every_option_of_the_group_is_tried_here():
     tried = {name for _, name in CASES} | {"none", "prompt_tuning"}
     assert {path.stem for path in (CONFIG_DIR / "peft").glob("*.yaml")} == tried
