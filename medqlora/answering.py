@@ -144,8 +144,8 @@ def answer(
         temperature: Divides the log-probabilities before they are normalised again.
 
     Yields:
-        `row`, `id`, `prediction` (a letter), `index` and `probabilities` by letter; or `row`, `id`
-        and `error`.
+        `row`, `id`, `prediction` (a letter), `index` and `probabilities` by letter, and
+        `shortened` where the stem was too long and lost its beginning; or `row`, `id` and `error`.
     """
     answers = iter(_answers(run, [entry.question for entry in asked if entry.question]))
     for entry in asked:
@@ -153,13 +153,15 @@ def answer(
         if isinstance(found, Prediction):
             scores = apply_temperature(np.array([found.scores]), temperature)[0]
             letters = LETTERS[: len(scores)]
-            yield {
+            line = {
                 "row": entry.row,
                 "id": entry.id,
                 "prediction": letters[found.prediction],
                 "index": found.prediction,
                 "probabilities": dict(zip(letters, np.exp(scores).tolist(), strict=True)),
             }
+            assert entry.question is not None
+            yield line | ({"shortened": True} if run.shortens(entry.question) else {})
         else:
             yield {"row": entry.row, "id": entry.id, "error": found}
 

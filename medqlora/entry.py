@@ -74,6 +74,23 @@ def _is_swept(override: str) -> bool:
 OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(), use_cache=True, replace=True)
 
 
+_MULTIRUN = ("-m", "--multirun")
+
+
+def group_options(verb: str) -> str:
+    """The config groups that a verb has and what each can be, a line each, for its --help."""
+    config: Any = OmegaConf.load(CONFIG_DIR / f"{verb}.yaml")
+    names = [next(iter(entry)) for entry in config.defaults if OmegaConf.is_dict(entry)]
+    return "\n".join(
+        f"{name}: {', '.join(sorted(file.stem for file in (CONFIG_DIR / name).glob('*.yaml')))}"
+        for name in names
+        if (CONFIG_DIR / name).is_dir()
+    )
+
+
+OmegaConf.register_new_resolver("group_options", group_options, replace=True)
+
+
 def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
     """Turn `task(cfg, run_dir)` into the `main()` of one verb.
 
@@ -94,6 +111,8 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
             show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             exit_codes: list[int] = []
             process = os.getpid()
+            # Between overrides Hydra would not know it.
+            sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in _MULTIRUN)
 
             def job(cfg: DictConfig) -> None:
                 run_dir = Path(HydraConfig.get().runtime.output_dir)
@@ -229,6 +248,12 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def names_its_folder() -> bool:
+    """Whether the command line says where its run folder is (`hydra.run.dir=DIR`)."""
+    words = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else ()
+    return any(word.startswith("hydra.run.dir=") for word in words)
+
+
 def choices(verb: str) -> dict[str, str | None]:
     """The option chosen in each config group of the job that runs now.
 
@@ -309,6 +334,12 @@ def _unknown_key(error: BaseException, config_name: str) -> ConfigError | None:
 
     Hydra's advice, to add it with a +, would have the value ignored.
     """
+    if str(error).startswith("Config group override must be"):
+        words = [word for word in sys.argv[1:] if word.endswith(("=null", "="))]
+        return ConfigError(
+            f"{' '.join(words)}: a group cannot be null. Choose one of its options, which --help "
+            "lists; single keys of it can, such as callbacks.progress=null."
+        )
     found = re.match(r"Could not override '(?:.*@)?([^']+)'", str(error))
     return _no_option(found[1], config_name) if found else None
 

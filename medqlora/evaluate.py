@@ -354,7 +354,9 @@ def with_run(cfg: DictConfig, overridden: set[str]) -> DictConfig:
     saved = pipeline.read_config(cfg.run)
     bare = "peft" in overridden
     folder = None if bare else pipeline.adapter_of(Path(cfg.run), saved)
-    complete = from_run(cfg, {**saved, "peft": {}}, _FROM_RUN, overridden)
+    on_cpu = saved.get("trainer", {}).get("accelerator") == "cpu"
+    parts = (*_FROM_RUN, "trainer") if on_cpu else _FROM_RUN
+    complete = from_run(cfg, {**saved, "peft": {}}, parts, overridden)
     if bare:
         complete.peft = {}
     complete.run, complete.of_run = None, str(cfg.run)

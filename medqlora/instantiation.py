@@ -138,7 +138,7 @@ def device_of(cfg: Config) -> torch.device:
         if not torch.cuda.is_available():
             raise ConfigError(
                 "trainer=gpu needs a CUDA device and torch sees none: run `python -m "
-                "medqlora.doctor`, or choose trainer=cpu (the tiny model: experiment=quickstart)."
+                "medqlora.doctor`, or choose trainer=cpu, for models such as model=tiny_gemma."
             )
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -177,6 +177,12 @@ def check(cfg: Config) -> None:
             f"trainer.val_check_interval={between} is no fraction of an epoch. Give one, such as "
             "0.5, or a whole number of rows."
         )
+    for key in ("max_steps", "max_epochs"):
+        if cfg["trainer"].get(key) == 0:
+            raise ConfigError(
+                f"trainer.{key}=0 leaves no update to make. Give one or more, or score the bare "
+                "base with `python -m medqlora.evaluate peft=none`."
+            )
     precision = cfg["trainer"].get("precision")
     if precision not in (None, "32-true", 32, "32"):
         raise ConfigError(

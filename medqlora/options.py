@@ -35,6 +35,8 @@ class Range(NamedTuple):
 
     def __contains__(self, number: object) -> bool:
         assert isinstance(number, int | float)
+        if math.isinf(number):
+            return False
         low = number > self.low if self.above else number >= self.low
         return low and (number < self.high if self.below else number <= self.high)
 

@@ -527,16 +527,21 @@ class LoadedRun:
         """Answer questions, packed into rows; which are asked together makes no difference.
 
         Args:
-            questions: With as many options as the run was trained on.
+            questions: With as many options as the run was trained on. A stem that is too long loses
+                its beginning, with a warning.
 
         Returns:
             One prediction a question, in order.
 
         Raises:
-            ConfigError: If a question does not fit into a row.
+            ConfigError: If the options of a question do not fit into a row.
         """
         scores = score_questions(self.module, self.datamodule, questions)
         return to_predictions(questions, "predict", torch.arange(len(questions)), scores)
+
+    def shortens(self, question: Question) -> bool:
+        """Whether a question's stem is too long and loses its beginning."""
+        return self.datamodule.shortens(question)
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
@@ -569,6 +574,12 @@ def load_run(run_dir: str | Path, *, device: str = "auto") -> LoadedRun:
     config = read_config(run_dir)
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={device} is unknown. Choose auto, cpu or cuda.")
+    parts = ("data", "prompt", "model", "quant", "trainer")
+    if lacking := [part for part in parts if not isinstance(config.get(part), Mapping)]:
+        raise CheckpointError(
+            f"{run_dir}/config.yaml does not say what {', '.join(lacking)} was: it is damaged, or "
+            "not of a run of train or evaluate."
+        )
     gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     config["trainer"] = {**config["trainer"], "accelerator": "gpu" if gpu else "cpu"}
     metrics = read_run(run_dir).metrics

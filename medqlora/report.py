@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from medqlora.evaluation.sweep_figures import (
     effects_figure,
     forest_figure,
     heat_figure,
+    is_scored,
     learning_figure,
     milliseconds,
     num_trainable,
@@ -54,6 +56,7 @@ from medqlora.evaluation.tables import (
     accuracy_text,
     comparison_markdown,
     comparison_table,
+    methods_text,
     result_markdown,
     result_row,
     result_table,
@@ -228,12 +231,11 @@ def latex_tables(ablation: Ablation) -> str:
             ]
             for c in ablation.comparisons
         ]
-        methods = "; ".join(dict.fromkeys(c.method for c in ablation.comparisons))
         first = ablation.comparisons[0]
         caption = (
             f"Paired differences to {_tex(first.name_a)} ({100 * first.accuracy_a:.1f} \\%, "
-            f"n={first.n}) in percentage points ({_tex(methods)}); p-values also after Holm's "
-            f"correction over {len(rows)} comparisons."
+            f"n={first.n}) in percentage points; p-values also after Holm's correction over "
+            f"{len(rows)} comparisons. {_tex(methods_text(ablation.comparisons))}"
         )
         heads = ["setting", "difference", "95 \\% interval", "p", "p (Holm)", "n"]
         text += "\n" + _tex_table(heads, rows, caption, "tab:differences")
@@ -400,9 +402,7 @@ def _result_rows(ablation: Ablation) -> list[ResultRow]:
             "seed": UNKNOWN if seed is None else str(seed),
             "trainable": UNKNOWN if trainable is None else f"{trainable:,}",
         }
-        rows.append(
-            ResultRow(row.name, row.section, row.size_gb, row.seconds, extra, _short(row.error))
-        )
+        rows.append(replace(row, extra=extra, error=_short(row.error)))
     return rows
 
 
@@ -412,6 +412,19 @@ def _short(error: str | None) -> str | None:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _setting_text(setting: Setting) -> str:
+    """A setting with the mean over its seeds."""
+    section = {
+        "accuracy": setting.accuracy,
+        "ci_low": setting.interval.low,
+        "ci_high": setting.interval.high,
+        "majority_accuracy": setting.majority_accuracy,
+        "n": setting.n,
+    }
+    seeds = len(setting.entries)
+    return f"{setting.name}: {accuracy_text(section)}, {seeds} seed{'s'[: seeds != 1]}"
 
 
 def _setting_lines(ablation: Ablation) -> str:
@@ -441,14 +454,14 @@ def _markdown(ablation: Ablation, published: Published | None) -> str:
     if ablation.effects:
         lines = "".join(
             f"| {e.factor} | {e.level} | {100 * e.accuracy:.1f} % | [{100 * e.interval.low:.1f}, "
-            f"{100 * e.interval.high:.1f}] | {e.num_blocks} | {e.num_runs} |\n"
+            f"{100 * e.interval.high:.1f}] | {e.n} | {e.num_blocks} | {e.num_runs} |\n"
             for e in ablation.effects
         )
-        majority, n = ablation.settings[0].majority_accuracy, ablation.settings[0].n
+        majority = ablation.settings[0].majority_accuracy
         parts.append(
-            "## Main effects\n\n| factor | level | accuracy | 95 % interval | matched blocks | "
-            f"runs |\n|---|---|---:|---:|---:|---:|\n{lines}\nMeans over runs that differ in the "
-            f"factor alone; 0 blocks: not balanced. n={n}, majority {100 * majority:.1f} %.\n"
+            "## Main effects\n\n| factor | level | accuracy | 95 % interval | n | matched blocks "
+            f"| runs |\n|---|---|---:|---:|---:|---:|---:|\n{lines}\nMeans over runs that differ "
+            f"in the factor alone; 0 blocks: not balanced. Majority {100 * majority:.1f} %.\n"
         )
     if published is not None:
         lines = "".join(
@@ -497,8 +510,11 @@ def _figures(ablation: Ablation, folder: Path) -> None:
     tables: dict[str, list[Any]] = {}
     for entry in ablation.entries:
         if entry.kind == "trained" and (found := curves(entry.run)):
+            if not is_scored(entry.run.metrics["val"]):
+                found.pop("val/accuracy", None)  # nothing says how many questions it is of
             tables.setdefault(entry.label, []).append(found)
     shown = dict(list(tables.items())[:MAX_CURVES])
+    vals = [e.run.metrics["val"] for e in ablation.entries if e.kind == "trained"]
     majority = settings[0].majority_accuracy if settings else 0.0
     makers: dict[str, Callable[[], Figure]] = {
         "accuracy_gb": lambda: cost_figure(settings, weight_gb, "weights, GB", split),
@@ -508,7 +524,7 @@ def _figures(ablation: Ablation, folder: Path) -> None:
         "accuracy_trainable": lambda: cost_figure(
             settings, num_trainable, "trainable parameters", split
         ),
-        "learning_curves": lambda: learning_figure(shown),
+        "learning_curves": lambda: learning_figure(shown, vals),
         "subjects": lambda: heat_figure(settings, split),
         "main_effects": lambda: effects_figure(ablation.effects, majority),
         "differences": lambda: forest_figure(ablation.comparisons),
@@ -543,8 +559,7 @@ def main(cfg: DictConfig, run_dir: Path) -> None:
         console.print(comparison_table(ablation.comparisons[:MAX_PRINTED]))
     best = max(ablation.settings, key=lambda s: s.accuracy, default=None)
     if best is not None:
-        section = best.entries[0].run.metrics[ablation.split]
-        console.print(f"most accurate: {best.name}: {accuracy_text(section)}", highlight=False)
+        console.print(f"most accurate: {_setting_text(best)}", soft_wrap=True, highlight=False)
     if pruned := endings.count("pruned"):
         console.print(f"{pruned} trial(s) were pruned", highlight=False)
     if failed:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
@@ -44,7 +45,13 @@ from medqlora.evaluation import (
     write_predictions,
 )
 from medqlora.evaluation.metrics import summarise
-from medqlora.evaluation.results import FILE_KEYS, FOLDER_KEYS, METRICS_FILE
+from medqlora.evaluation.results import (
+    CONFIG_FILE,
+    FILE_KEYS,
+    FOLDER_KEYS,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+)
 from medqlora.evaluation.sections import (
     base_nll_groups,
     calibration_section,
@@ -58,6 +65,8 @@ from medqlora.schema import Question
 log = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+_RESULTS = (pipeline.ADAPTER_DIR, "checkpoints", PREDICTIONS_FILE)
 
 _REPEATABLE = """\
 # The config of this run, resolved and complete. To repeat it:
@@ -420,12 +429,14 @@ def _remove_all_but(folder: Path, names: set[str]) -> None:
         folder.rmdir()
 
 
-def find_unfinished(root: Path, hash_: str) -> Path | None:
+def find_unfinished(root: Path, hash_: str, config: Mapping[str, Any] | None = None) -> Path | None:
     """The newest run folder below `root` with this config hash that has a checkpoint and no ending.
 
     Args:
         root: The folder that holds run folders, at any depth.
         hash_: `config_hash` of the run that is wanted.
+        config: Its resolved config; given, runs of other or changed files are passed over, as in
+            `find_completed`.
 
     Returns:
         The folder, or None.
@@ -433,7 +444,9 @@ def find_unfinished(root: Path, hash_: str) -> Path | None:
     return _newest(
         folder
         for folder, metrics in _runs_with_hash(root, hash_)
-        if metrics.get("status") != "completed" and has_checkpoint(folder)
+        if metrics.get("status") != "completed"
+        and has_checkpoint(folder)
+        and (config is None or _read_the_same(folder, metrics, config))
     )
 
 
@@ -487,7 +500,8 @@ def job_place(
     """Find the folder of one job of a sweep, and hold it while the job runs.
 
     What has been completed anywhere below the folder of all sweeps is not run again, an unfinished
-    run with a checkpoint is gone on with, and one without is run again in its folder.
+    run with a checkpoint is gone on with, and one without is run again in its folder, as is one
+    whose data were changed.
 
     Args:
         cfg: The composed config of the job.
@@ -514,7 +528,7 @@ def job_place(
         return
     with _held(place.run_dir):
         if not place.go_on:
-            _clear(place.run_dir)
+            _clear(place.run_dir, values)
         yield place
 
 
@@ -524,26 +538,32 @@ def _find_place(values: dict[str, Any], run_dir: Path) -> Place:
     if done is not None:
         return Place(done, done=True)
     hash_ = config_hash(values)
-    unfinished = find_unfinished(root, hash_)
+    unfinished = find_unfinished(root, hash_, values)
     if unfinished is not None and _can_resume(unfinished):
         return Place(unfinished, go_on=True)
     number = 1
     place = run_dir
-    while _holds_other_run(place, hash_):
+    while _holds_other_run(place, hash_, values):
         number += 1
         place = run_dir.with_name(f"{run_dir.name}-{number}")
     return Place(place)
 
 
-def _holds_other_run(folder: Path, hash_: str) -> bool:
-    """Whether a folder is taken: by another config, or by a completed run of other data."""
+def _holds_other_run(folder: Path, hash_: str, config: Mapping[str, Any]) -> bool:
+    """Whether a folder is taken.
+
+    By another config, a completed run of other data, an unfinished one of other files that can
+    still go on, or by results that no `metrics.json` explains.
+    """
     if folder.is_symlink():
         return True
     if not (folder / METRICS_FILE).exists():
-        return False
+        return any((folder / name).exists() for name in _RESULTS)
     with contextlib.suppress(MedQLoRAError):
-        metrics = read_run(folder).metrics
-        return metrics.get("config_hash") != hash_ or metrics.get("status") == "completed"
+        run = read_run(folder)
+        if run.metrics.get("config_hash") != hash_ or run.status == "completed":
+            return True
+        return has_checkpoint(folder) and not _same_files(run.config or config, config)
     return False
 
 
@@ -594,11 +614,15 @@ def _held(run_dir: Path) -> Iterator[None]:
                 run_dir.rmdir()  # of a refused request, which left nothing behind
 
 
-def _clear(run_dir: Path) -> None:
-    """Remove what a run left that ended without a checkpoint; its log and baselines stay."""
-    for name in ("adapter", "checkpoints"):
+def _clear(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Remove what a run left that cannot go on; its log stays, and baselines of this data."""
+    stale = ["adapter", "checkpoints"]
+    with contextlib.suppress(MedQLoRAError):
+        if not _read_the_same(run_dir, read_run(run_dir).metrics, config):
+            stale.append("baselines")
+    for name in stale:
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    files = ("metrics.json", "metrics.csv", "predictions.parquet", "config.yaml")
+    files = ("metrics.csv", PREDICTIONS_FILE, CONFIG_FILE, METRICS_FILE)
     for path in (*(run_dir / name for name in files), run_dir / "wandb" / "run_id.txt"):
         path.unlink(missing_ok=True)
 
@@ -623,20 +647,31 @@ def _read_the_same(folder: Path, metrics: Mapping[str, Any], config: Mapping[str
         started = datetime.fromisoformat(metrics["started"]).timestamp()
     except (MedQLoRAError, KeyError, TypeError, ValueError):
         return False
-    if before is None:
+    if before is None or not _same_files(before, config):
         return False
-    for key in (*FILE_KEYS, *FOLDER_KEYS):
-        section, name = key.split(".")
-        old, new = (str(c.get(section, {}).get(name)) for c in (before, config))
-        path = Path(new).expanduser()
-        if Path(old).expanduser().resolve() != path.resolve():
-            return False
+    if metrics.get("status") != "completed":
+        # `started` is of its last part, which changed data may have ended at once.
+        written = (folder / "checkpoints").glob("last*.ckpt")
+        started = min([started, *(file.stat().st_mtime for file in written)])
+    for path in _files_of(config):
         if path.exists():
             files = [path, *path.glob("*.*")] if path.is_dir() else [path]
             # `started` is in whole seconds.
             if max(int(file.stat().st_mtime) for file in files) > started:
                 return False
     return True
+
+
+def _same_files(before: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether two configs name the same data files and the same model folder."""
+    old, new = ([path.resolve() for path in _files_of(c)] for c in (before, config))
+    return old == new
+
+
+def _files_of(config: Mapping[str, Any]) -> list[Path]:
+    """What a config names under `FILE_KEYS` and `FOLDER_KEYS`, in their order."""
+    keys = (key.split(".") for key in (*FILE_KEYS, *FOLDER_KEYS))
+    return [Path(str((config.get(s) or {}).get(name))).expanduser() for s, name in keys]
 
 
 def _newest(folders: Iterator[Path]) -> Path | None:
@@ -656,18 +691,38 @@ def _earlier_seconds(run_dir: Path) -> float:
 
 
 def _refuse_foreign_folder(run_dir: Path, hash_: str, go_on: bool) -> None:
-    if not (run_dir / "metrics.json").exists():
+    """Refuse a folder that holds a run; without `metrics.json` its `config.yaml` says which.
+
+    Raises:
+        ConfigError: Unless it is a run of this config that goes on, or that left no results.
+    """
+    there = [name for name in (METRICS_FILE, CONFIG_FILE, *_RESULTS) if (run_dir / name).exists()]
+    if not there:
         return
-    metrics = read_run(run_dir).metrics
+    if there[0] == METRICS_FILE:
+        metrics = read_run(run_dir).metrics
+        found, state = metrics.get("config_hash"), f"a run ({metrics.get('status')})"
+    else:
+        found = _hash_of_config(run_dir)
+        state = f"a run without {METRICS_FILE} ({', '.join(there)})"
+        go_on = go_on or (there == [CONFIG_FILE] and found == hash_)
     if not go_on:
+        resumable = found == hash_ and has_checkpoint(run_dir)
         raise ConfigError(
-            f"{run_dir} already holds a run ({metrics.get('status')}): nothing is overwritten. "
-            f"Choose "
-            "another hydra.run.dir, or resume=auto to go on with it."
+            f"{run_dir} already holds {state}: nothing is overwritten. Choose another "
+            f"hydra.run.dir{', or resume=auto to go on with it' * resumable}."
         )
-    if metrics.get("config_hash") != hash_:
+    if found != hash_:
         raise ConfigError(
-            f"{run_dir} holds a run of another config (config_hash "
-            f"{metrics.get('config_hash')}), so "
-            "resume=auto cannot go on with it. Choose another hydra.run.dir."
+            f"{run_dir} holds {state} of another config (config_hash {found}), so resume=auto "
+            "cannot go on with it. Choose another hydra.run.dir."
         )
+
+
+def _hash_of_config(run_dir: Path) -> str | None:
+    """`config_hash` of what `write_config` wrote; None where there is nothing like it."""
+    with contextlib.suppress(OSError, TypeError, ValueError, yaml.YAMLError):
+        config = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            return config_hash({key: config[key] for key in config if key != "defaults"})
+    return None

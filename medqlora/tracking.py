@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
@@ -31,13 +30,37 @@ WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
 class _AppendingWriter(ExperimentWriter):
-    """Lightning's CSV writer, which goes on with an existing file instead of deleting it."""
+    """Lightning's CSV writer, which goes on with an existing file instead of deleting it.
+
+    A run that was killed has logged more than its checkpoint holds and logs that again: its first
+    row replaces those of its step and of later ones.
+    """
+
+    _goes_on = False
 
     def _check_log_dir_exists(self) -> None:
-        path = Path(self.log_dir) / _ExperimentWriter.NAME_METRICS_FILE
-        if path.exists():
-            with path.open(newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+        self._goes_on = Path(self.metrics_file_path).exists()
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Record metrics; the first time, cut what is there."""
+        if self._goes_on and step is not None:
+            self._cut(step)
+        self._goes_on = False
+        super().log_metrics(metrics_dict, step)
+
+    def _cut(self, step: int) -> None:
+        """Keep the rows of earlier steps; a last one that was not written to its end goes too."""
+        path = Path(self.metrics_file_path)
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            reader = csv.DictReader(line for line in file if line.endswith("\n"))
+            rows = [row for row in reader if _is_before(row.get("step"), step)]
+        self.metrics_keys = list(reader.fieldnames or ())
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.metrics_keys, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
 
 
 class RunCSVLogger(CSVLogger):
@@ -363,6 +386,10 @@ def _start_mlflow(
 
 def _finish_plain(logger: Any, exit_code: int) -> None:
     logger.finalize("success" if exit_code == 0 else "failed")
+
+
+def _is_before(text: str | None, step: int) -> bool:
+    return text is not None and text.isdecimal() and int(text) < step
 
 
 def _line(error: BaseException) -> str:

@@ -22,8 +22,8 @@ from rich.console import Console
 from medqlora import instantiation, pipeline, processes
 from medqlora.budget import with_token_budget
 from medqlora.data import MedMCQADataModule
-from medqlora.entry import choices, command, is_sweep, move_log
-from medqlora.errors import ConfigError, MedQLoRAError
+from medqlora.entry import choices, command, is_sweep, move_log, names_its_folder
+from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError
 from medqlora.evaluation import (
     config_hash,
     read_run,
@@ -97,7 +97,8 @@ def _train_here(cfg: DictConfig, run_dir: Path) -> Path:
                 _train_in(cfg, place.run_dir, sweep=True, go_on=place.go_on)
         return place.run_dir
     _check(cfg)
-    if cfg.resume == "auto" and not has_checkpoint(run_dir) and not processes.rank():
+    searched = cfg.resume == "auto" and not names_its_folder() and not has_checkpoint(run_dir)
+    if searched and not processes.rank():
         root = Path(cfg.get("run_root") or run_dir.parent.parent)
         earlier = find_unfinished(root, config_hash(resolved(cfg)))
         if earlier is not None:
@@ -234,6 +235,8 @@ def _fit_and_score(
         trainer = pipeline.build_trainer(cfg, run_dir, callbacks, loggers)
         datamodule.trainer = trainer
         steps = pipeline.num_updates(cfg, datamodule)
+        # A short run logs its last update at least.
+        trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)  # type: ignore[attr-defined]
         if trial is not None:
             pruning = Pruning(trial.metric, trial.is_hopeless, steps)
             trainer.callbacks.append(pruning)  # type: ignore[attr-defined]
@@ -342,8 +345,7 @@ def _score_baseline(
 ) -> None:
     """Score a base without adapter and keep it as a run folder of its own, `baselines/NAME`."""
     folder = run_dir / "baselines" / name
-    done = processes.from_first((folder / "predictions.parquet").exists())
-    if not splits or done:
+    if not splits or processes.from_first(_is_scored(folder, splits)):
         return
     values = resolved(cfg)
     if name == "base_16bit":
@@ -358,11 +360,20 @@ def _score_baseline(
     if is_sweep() and _copy_baseline(run_dir, folder, resolved(baseline), splits):
         return
     if not processes.rank():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of a try that did not come to its end
+        folder.mkdir(parents=True)
     with recorded(baseline, folder, "evaluate", keep_refused=True) as record:
         score_into(record, baseline, datamodule, splits, share=is_sweep())
     free_memory()
+
+
+def _is_scored(folder: Path, splits: list[str]) -> bool:
+    """Whether an earlier try scored a base to its end."""
+    try:
+        earlier = read_run(folder)
+    except CheckpointError:
+        return False
+    return earlier.status == "completed" and all(earlier.metrics[split]["n"] for split in splits)
 
 
 def _copy_baseline(run_dir: Path, folder: Path, config: dict[str, Any], splits: list[str]) -> bool:

@@ -127,6 +127,8 @@ CASES: list[tuple[Change | list[str], list[str]]] = [
     (["quant=nf5"], ["quant/nf5", "nf4_full"]),
     (["experiment=quickstrat"], ["experiment/quickstrat", "quickstart"]),
     (["sweep=rnak"], ["sweep/rnak", "rank", "quantization"]),
+    (["-m", "quant=nf5", "seed=1,2"], ["quant/nf5", "nf4_full"]),
+    (["callbacks=null"], ["callbacks=null", "--help"]),
     (["optimizer.lr=-1"], ["optimizer.lr=-1", "above 0"]),
     (["peft.r=0"], ["peft=lora", "positive", ". Choose another"]),
     (["trainer.val_check_interval=100000"], ["trainer.val_check_interval=100000", "rows"]),

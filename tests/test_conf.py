@@ -20,6 +20,7 @@ from torch import nn
 
 from medqlora import instantiation, pipeline
 from medqlora.config import CONFIG_DIR, compose
+from medqlora.entry import group_options
 from medqlora.errors import ConfigError
 from medqlora.evaluation import config_hash
 from medqlora.runs import resolved
@@ -50,6 +51,15 @@ def options_of(group: str) -> list[str]:
 
 def text_of(group: str, option: str) -> str:
     return (CONFIG_DIR / group / f"{option}.yaml").read_text()
+
+
+def test_help_lists_the_groups_that_a_command_has(run_command):
+    told = run_command("audit", "--help").out
+    listed = re.findall(r"^(\w+): .+, .+$", told.split("== The config")[0], re.MULTILINE)
+    assert set(listed) == GROUPS["audit"]
+    assert f"prompt: {', '.join(options_of('prompt'))}" in told
+    for root in ("doctor", "benchmark", "evaluate"):
+        assert {line.partition(":")[0] for line in group_options(root).splitlines()} == GROUPS[root]
 
 
 # --- composing ------------------------------------------------------------------------------------

@@ -186,6 +186,14 @@ def test_every_link_and_anchor_leads_somewhere(site, pages):
                 assert unquote(parts.fragment) in ids, f"{name}: {link}"
 
 
+def test_links_lead_to_files_where_the_repository_is_browsed():
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    for file in files:
+        text = re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\((?!https?:|mailto:|#)([^)\s#]+)", text):
+            assert (file.parent / link).exists(), f"{file.relative_to(ROOT)}: {link}"
+
+
 def test_no_page_fetches_anything_from_elsewhere(site, pages):
     for name, page in pages.items():
         for address in page.fetches:

@@ -99,7 +99,9 @@ def assert_same_scores(a: Path, b: Path, tolerance: float) -> None:
 
 
 def test_a_run_scored_again_has_the_scores_it_ended_with(trained, score):
-    again = score(f"run={trained}", "trainer=cpu", "evaluate.figures=false")
+    again = score(f"run={trained}", "evaluate.figures=false")  # on the CPU, as it was trained
+    assert again.config is not None
+    assert again.config["trainer"]["accelerator"] == "cpu"
     assert_same_scores(trained, again.run_dir, 1e-6)
     before, after = read_run(trained).metrics, again.metrics
     for key in ("accuracy", "confusion", "by", "sha256", "letter_share"):

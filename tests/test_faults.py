@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +21,12 @@ from lightning import Callback
 from medqlora import entry, pipeline
 from medqlora.config import compose
 from medqlora.errors import TrainingError
-from medqlora.evaluation import read_predictions, read_run
+from medqlora.evaluation import read_predictions, read_run, write_metrics
 from medqlora.finetuning import read_checkpoint
 from medqlora.train import train
 from tests.conftest import Ended
 
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
 QUICK = ("trainer.max_steps=6", "callbacks.checkpoints.every_n_steps=2", "peft=lora_r4")
 
 
@@ -140,6 +143,49 @@ def test_of_two_runs_in_one_folder_the_second_is_refused(resume, options, tmp_pa
     assert not (run_dir / "metrics.json").exists()
 
 
+@pytest.fixture
+def finished(options, tmp_path, run_command) -> Path:
+    """The folder of a completed run."""
+    run_dir = tmp_path / "day" / "run"
+    ended = run_command("train", *options, f"hydra.run.dir={run_dir}")
+    assert ended.code == 0, ended.err
+    return run_dir
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_whose_metrics_are_lost_is_not_overwritten(resume, options, finished, run_command):
+    """By a run of another config; whatever is left of it."""
+    (finished / "metrics.json").unlink()
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.suffix != ".log"}
+    line = ("train", *options, "seed=5", f"hydra.run.dir={finished}", f"resume={resume}")
+    assert_told(run_command(*line), str(finished), "Choose another hydra.run.dir.", code=2)
+    assert {p: p.read_bytes() for p in before} == before
+    assert not (finished / "metrics.json").exists()
+    for name in ("config.yaml", "predictions.parquet", "checkpoints"):
+        path = finished / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert_told(run_command(*line), str(finished), "adapter", code=2)
+    assert (finished / ADAPTER).read_bytes() == before[finished / ADAPTER]
+
+
+def test_a_run_whose_metrics_are_lost_goes_on_when_asked(options, finished, run_command):
+    (finished / "metrics.json").unlink()
+    line = ("train", *options, f"hydra.run.dir={finished}")
+    assert_told(run_command(*line), str(finished), "or resume=auto", code=2)
+    ended = run_command(*line, "resume=auto")
+    assert ended.code == 0, ended.err
+    assert "resuming from" in ended.err
+    assert read_run(finished).status == "completed"
+
+
+def test_a_config_of_somebody_else_is_not_overwritten(options, tmp_path, run_command):
+    """Such as that of the folder where the command is typed, with `hydra.run.dir=.`."""
+    (tmp_path / "config.yaml").write_text("mine: 2020-01-01\n")
+    ended = run_command("train", *options, f"hydra.run.dir={tmp_path}")
+    assert_told(ended, "config.yaml", "Choose another hydra.run.dir.", code=2)
+    assert (tmp_path / "config.yaml").read_text() == "mine: 2020-01-01\n"
+
+
 def test_the_lock_of_a_run_is_gone_when_it_ends(trained_run):
     assert not (trained_run / ".lock").exists()
 
@@ -210,3 +256,25 @@ def test_what_cannot_be_read_is_not_called_a_full_disk(options, tmp_path, monkey
         train(compose("train", options), tmp_path / "run")
     assert not isinstance(error.value, TrainingError)
     assert read_run(tmp_path / "run").status == "failed"
+
+
+def test_a_run_shorter_than_the_logging_interval_logs_its_last_update(options, tmp_path):
+    """And so has its metrics.csv, which nothing else would write without a validation."""
+    words = [*options, "data.val_file=null", "trainer.log_every_n_steps=10"]
+    train(compose("train", words), tmp_path / "run")
+    [row] = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+    assert row["step"] == "5"
+    assert float(row["train/loss"]) == read_run(tmp_path / "run").metrics["train"]["loss"]
+
+
+def test_where_a_run_cannot_go_on_the_advice_works(options, tmp_path, run_command):
+    """In the same folder resume=never is refused."""
+    line = ("train", *options, "trainer.val_check_interval=2")
+    run_dir = tmp_path / "run"
+    assert run_command(*line, f"hydra.run.dir={run_dir}").code == 0
+    (run_dir / "checkpoints" / "best.ckpt").unlink()
+    write_metrics(run_dir, read_run(run_dir).metrics | {"status": "interrupted"})
+    ended = run_command(*line, f"hydra.run.dir={run_dir}", "resume=auto")
+    assert_told(ended, "best.ckpt", "resume=never in another hydra.run.dir", code=2)
+    again = run_command(*line, f"hydra.run.dir={tmp_path / 'other'}", "resume=never")
+    assert again.code == 0, again.err

@@ -13,7 +13,9 @@ from nbclient import NotebookClient
 
 from medqlora.config import compose
 from medqlora.evaluate import evaluate
+from medqlora.evaluation.ablation import analyse, read_sweep
 from tests.conftest import ROOT
+from tests.fake_runs import base_config, write_run
 
 FOLDER = ROOT / "notebooks"
 NAMES = ("inspect_checkpoint", "compare_runs", "quantization_error", "data_tour")
@@ -74,6 +76,35 @@ def test_each_notebook_runs_top_to_bottom_on_a_run(runs, trained_run, monkeypatc
     shown = [o.get("data", {}).get("text/markdown", "") for c in cells for o in c.outputs]
     assert any("p (Holm)" in table for table in shown)
     assert any("wrong → right" in table or "right → wrong" in table for table in shown)
+
+
+def test_the_baseline_is_not_compared_with_itself_where_it_is_the_best(tmp_path):
+    """The cell compares it with the best of the others."""
+    config = base_config()
+    for number, skill in enumerate((3.0, 0.1, 0.4)):
+        own = {**config, "peft": {**config["peft"], "r": 4 * 2**number}}
+        write_run(tmp_path / str(number), own, skill=skill, choices={"peft": f"lora_r{number}"})
+    ablation = analyse(read_sweep(tmp_path))
+    assert max(ablation.settings, key=lambda s: s.accuracy).name == ablation.baseline
+    [line] = [
+        line
+        for cell in code_cells(read("compare_runs"))
+        for line in cell.source.splitlines()
+        if line.startswith("best = ")
+    ]
+    names = {"ablation": ablation, "baseline": ablation.baseline}
+    exec(line, names)
+    assert names["best"] == "lora_r2"
+
+
+@pytest.mark.parametrize("name", ["compare_runs", "quantization_error"])
+def test_a_notebook_that_tests_says_that_the_exact_test_decides(name):
+    """A bootstrap interval leaves out 0 at p = 0.06 where five questions differ."""
+    texts = [cell.source for cell in read(name).cells if cell.cell_type == "markdown"]
+    said = " ".join(" ".join(texts).split())
+    assert "test decides" in said
+    assert "narrow where few questions differ" in said or "few questions that differ" in said
+    assert "An interval that holds 0 is no difference" not in said
 
 
 @pytest.mark.parametrize("name", NAMES)

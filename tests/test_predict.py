@@ -163,6 +163,23 @@ def test_a_request_that_cannot_work_ends_in_one_line(
     assert word in ended.errors[0]
 
 
+def test_a_question_that_lost_its_beginning_says_so(trained_run, tmp_path, run_command):
+    stems = ["Which?", "word " * 5000, "word " * 40]
+    rows = [raw_row(i, question=stem) for i, stem in enumerate(stems)]
+    file = write_jsonl(tmp_path / "long.jsonl", rows)
+    ended = run_command("predict", f"run={trained_run}", f"questions={file}")
+    assert ended.code == 0, ended.err
+    assert [line.get("shortened", False) for line in lines(ended.out)] == [False, True, False]
+
+
+def test_a_damaged_config_is_told(trained_run, tmp_path, run_command, question_files):
+    folder = Path(shutil.copytree(trained_run, tmp_path / "run"))
+    (folder / "config.yaml").write_text("model: 3\n")
+    ended = run_command("predict", f"run={folder}", f"questions={question_files['test']}")
+    assert ended.code == 2
+    assert "does not say what data, prompt, model, quant, trainer was" in ended.err
+
+
 def test_a_run_without_labelled_val_predictions_has_no_temperature(
     trained_run, tmp_path, run_command, question_files
 ):
@@ -193,7 +210,7 @@ def test_a_question_that_the_run_refuses_costs_itself_alone():
         check_row(row, {"question": "a long one" if row == 5 else "Which?", **options}, 4)
         for row in range(1, 17)
     ]
-    found = list(answer(SimpleNamespace(predict=predict), asked))
+    found = list(answer(SimpleNamespace(predict=predict, shortens=lambda question: False), asked))
     assert [line["row"] for line in found] == list(range(1, 17))
     assert [line["row"] for line in found if "error" in line] == [5]
     assert "longer than a row" in found[4]["error"]

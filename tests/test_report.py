@@ -6,6 +6,8 @@ import itertools
 import math
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
@@ -22,7 +24,14 @@ from medqlora.evaluation.ablation import (
     read_sweep,
     setting_interval,
 )
-from medqlora.evaluation.sweep_figures import label_places
+from medqlora.evaluation.html import report_page
+from medqlora.evaluation.sweep_figures import (
+    curves,
+    forest_figure,
+    label_places,
+    learning_figure,
+)
+from medqlora.evaluation.tables import comparison_markdown
 from medqlora.report import PUBLISHED_DIR, latex_tables, read_published, report, summary
 from tests.browser import MISSING, Browser, free_port
 from tests.fake_runs import PEFTS, QUANTS, base_config, make_questions, write_run, write_sweep
@@ -119,6 +128,36 @@ def test_a_bare_base_is_named_for_its_storage_and_is_one_run_however_it_was_aske
     assert found.baseline == "base, 16 bit"
 
 
+def test_a_bare_base_is_one_run_whatever_its_training_would_have_been(tmp_path):
+    """Counted once for each number of epochs it would enlarge the family of Holm's method."""
+    config = base_config()
+    scoring = ("data", "prompt", "model", "quant", "acceleration", "trainer", "seed")
+    changes = [
+        {},
+        {"trainer": {"max_epochs": 2, "gradient_clip_val": None, "log_every_n_steps": 1}},
+        {"trainer": {"max_steps": 30, "accumulate_grad_batches": 4, "val_check_interval": 0.5}},
+        {"data": {"limit_train": 500}},
+    ]
+    for number, change in enumerate(changes):
+        own = {**config, **{group: {**config[group], **keys} for group, keys in change.items()}}
+        folder = write_run(tmp_path / str(number), own)
+        for name, quant in {"base_16bit": BARE, "base_quantized": config["quant"]}.items():
+            base = {**{key: own[key] for key in scoring}, "quant": quant, "peft": {}}
+            write_run(folder / "baselines" / name, base, skill=0.1, trainable=0)
+    found = analyse(read_sweep(tmp_path))
+    assert [s.name for s in found.settings if s.kind == "base"] == ["base, 16 bit", "base, nf4"]
+    assert len(found.comparisons) == len(changes) + 1
+    assert found.factors["base"] == {"quant": ["16 bit", "nf4"]}
+
+
+def test_training_questions_tell_bases_apart_where_prompts_hold_some_of_them(tmp_path):
+    config = {k: v for k, v in base_config("prompt=few_shot").items() if k != "optimizer"}
+    for number, limit in enumerate((None, 10)):
+        own = {**config, "data": {**config["data"], "limit_train": limit}, "peft": {}}
+        write_run(tmp_path / str(number), own, trainable=0)
+    assert len(analyse(read_sweep(tmp_path)).settings) == 2
+
+
 def test_a_value_varied_within_an_option_is_a_factor_of_its_own(tmp_path):
     config = base_config()
     for number, (option, r, alpha) in enumerate(
@@ -140,6 +179,25 @@ def test_main_effects_are_means_over_matched_blocks(ablation):
         assert (effect.num_blocks, effect.num_runs) == (6, 6)
         assert effect.interval.low < effect.accuracy < effect.interval.high
     assert ("quant", "fp4") not in effects  # its only run failed
+
+
+@pytest.mark.parametrize("skill", [50.0, -50.0])
+def test_no_effect_is_certain_where_every_run_has_every_question_alike(skill, tmp_path):
+    """All right or all wrong: 240 questions say no more than Wilson's interval of them."""
+    config = base_config()
+    for number, (quant, r) in enumerate(itertools.product(("nf4", "int8"), (4, 8))):
+        own = {
+            **config,
+            "quant": {**config["quant"], "data_type": quant},
+            "peft": {**config["peft"], "r": r},
+        }
+        options = {"quant": quant, "peft": f"lora_r{r}"}
+        write_run(tmp_path / str(number), own, skill=skill, choices=options)
+    effects = analyse(read_sweep(tmp_path)).effects
+    assert len(effects) == 4
+    for effect in effects:
+        assert (effect.n, effect.num_runs) == (240, 2)
+        assert effect.interval == wilson_interval(240 if skill > 0 else 0, 240)
 
 
 def test_levels_that_scored_different_questions_have_no_main_effect(tmp_path):
@@ -296,6 +354,33 @@ def test_markdown_never_shows_an_accuracy_alone(folder):
     assert "majority" in text
     assert "| weights, 16 bit to 4 bit | 2009.06 MB to 398.72 MB | 5010.00 MB to " in text
     assert "lora_r16, fp4 (the loss is not finite" in text
+
+
+@pytest.mark.parametrize("error", ["interrupted by SIGTERM", None])
+def test_a_run_that_was_interrupted_is_called_so_everywhere(error, tmp_path):
+    folder = tmp_path / "runs" / "0"
+    write_run(folder, base_config(), status="interrupted", error=error, curve=False)
+    report(compose("report", [f"runs={tmp_path / 'runs'}"]), tmp_path / "out")
+    table = (tmp_path / "out" / "tables.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "| interrupted |" in table
+    for text in (table, page):
+        assert "failed |" not in text
+        assert "interrupted: None" not in text
+    assert f"interrupted: {error or 'it was killed'}" in page
+
+
+def test_where_interval_and_p_disagree_the_reader_is_told_which_decides(folder, ablation):
+    """A bootstrap of five questions that differ leaves out 0 at p = 0.06."""
+    words = "the exact test decides: the bootstrap interval is too narrow where few questions"
+    few = replace(ablation, comparisons=[replace(ablation.comparisons[0], method=METHOD)])
+    assert words in latex_tables(few)
+    assert words in comparison_markdown(few.comparisons)
+    assert words in report_page(few, folder, title="few", command="report")
+    assert words not in comparison_markdown([replace(few.comparisons[0], method="another")])
+
+
+METHOD = "exact McNemar; bootstrap by question"
 
 
 def test_latex_escapes_what_latex_would_read(ablation):
@@ -481,6 +566,39 @@ def test_the_command_says_so_where_no_run_completed(tmp_path, run_command):
     for word in ("accuracy", "majority", "pruned"):
         assert word not in ended.out
     assert "out of memory" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_most_accurate_setting_is_printed_with_the_mean_of_its_seeds(tmp_path, run_command):
+    """It was chosen by that mean; the numbers of its first seed are those of a run."""
+    for seed in (1, 2, 3):
+        write_run(tmp_path / "runs" / str(seed), base_config(f"seed={seed}"), skill=0.4 * seed)
+    ended = run_command("report", f"runs={tmp_path}/runs", f"hydra.run.dir={tmp_path}/out")
+    assert ended.code == 0, ended.err
+    [best] = analyse(read_sweep(tmp_path / "runs")).settings
+    low, high = best.interval
+    assert (
+        f"most accurate: {best.name}: {100 * best.accuracy:.1f} % [{100 * low:.1f}, " in ended.out
+    )
+    assert f"{100 * high:.1f}]  majority {100 * best.majority_accuracy:.1f} %" in ended.out
+    assert "n=240, 3 seeds" in ended.out
+
+
+def test_metrics_that_are_no_numbers_are_a_damaged_run_and_not_the_end(tmp_path, run_command):
+    runs = tmp_path / "runs"
+    for number in range(2):
+        write_run(runs / str(number), base_config(f"seed={number}"))
+    path = runs / "1" / "metrics.json"
+    path.write_text(re.sub(r'"accuracy": [\d.]+', '"accuracy": "x"', path.read_text(), count=1))
+    ended = run_command("report", f"runs={runs}", f"hydra.run.dir={tmp_path}/out")
+    assert ended.code == 0, ended.err
+    assert "1 run(s) did not complete" in ended.out
+    [row] = [
+        r
+        for r in pd.read_csv(tmp_path / "out/summary.csv").to_dict("records")
+        if r["error"] == r["error"]
+    ]
+    assert row["run"] == str(runs / "1")
+    assert "val.accuracy='x' is no number" in row["error"]
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -681,3 +799,77 @@ def test_a_row_says_its_name_however_far_its_table_is_scrolled(opened):
 def test_loss_of_knowing_nothing_is_the_line_in_the_curves(page):
     assert "ln 4: knowing nothing" in page
     assert math.isclose(math.log(4), 1.386, abs_tol=5e-4)
+
+
+def figure_of(page: str, heading: str) -> str:
+    [found] = re.findall(rf"<figure><h3>{heading}</h3>.*?</figure>", page, re.DOTALL)
+    return found
+
+
+def test_the_curve_of_val_accuracy_has_its_baseline_n_and_intervals(page):
+    plot = figure_of(page, "Validation accuracy, %")
+    assert 'class="majority"' in plot
+    assert re.search(r"val split, n=120\. Bands: 95 % .* majority letter \d+\.\d %", plot)
+    assert plot.count('class="curve band ') == 18
+    tips = re.findall(r'data-tip="([^"]*)"', plot)
+    assert tips
+    for tip in tips:
+        assert re.search(r"\d+\.\d %, 95 % interval \[\d+\.\d, \d+\.\d\]", tip)
+        assert re.search(r"majority \d+\.\d %, n=120", tip)
+
+
+def test_a_run_without_a_val_score_has_no_curve_of_val_accuracy(tmp_path):
+    """Nothing says how many questions it is of."""
+    for number, status in enumerate(("completed", "interrupted")):
+        write_run(tmp_path / str(number), base_config(f"seed={number}"), status=status)
+    (tmp_path / "1" / "metrics.csv").write_text((tmp_path / "0" / "metrics.csv").read_text())
+    page = report_page(analyse(read_sweep(tmp_path)), tmp_path, title="two", command="report")
+    assert figure_of(page, "Validation loss, nats").count('class="curve k') == 2
+    plot = figure_of(page, "Validation accuracy, %")
+    assert plot.count('class="curve k') == 1
+    assert "1 run(s) without a val score at the end are left out" in plot
+
+
+def test_the_static_curves_have_baseline_n_and_intervals_too(ablation):
+    run = next(e.run for e in ablation.entries if e.kind == "trained")
+    figure = learning_figure({"one": [curves(run)]}, [run.metrics["val"]])
+    [axes] = [a for a in figure.axes if "accuracy" in a.get_title(loc="left")]
+    assert "n=120, 95 % intervals" in axes.get_title(loc="left")
+    assert any("majority" in str(line.get_label()) for line in axes.lines)
+    assert len(axes.collections) == 1
+    other = {**run.metrics["val"], "n": 60}
+    for unknown in ([], [run.metrics["val"], other]):
+        assert len(learning_figure({"one": [curves(run)]}, unknown).axes) == 2  # losses alone
+
+
+def test_main_effects_say_how_many_questions_they_are_of(page, folder, ablation):
+    section = page[page.index('<section id="effects">') : page.index('<section id="curves">')]
+    assert section.count("<figcaption>n=240; ") == 2
+    assert section.count("<td>240</td>") == len(ablation.effects)
+    assert re.search(r"majority \d+\.\d %, n=240, \d+ run", section)
+    assert "| 95 % interval | n | matched blocks |" in (folder / "tables.md").read_text()
+    svg = (folder / "figures" / "main_effects.svg").read_text()
+    assert re.search(r"n=240; line: majority letter", svg)
+
+
+def test_rows_of_a_forest_plot_that_begin_alike_read_differently(tmp_path):
+    config = base_config()
+    patterns = [f"model.layers.*.self_attn.{'qkv'[i]}_proj.some.long.name" for i in range(3)]
+    for number in range(3):
+        modules = [*patterns[:2], f"{patterns[2]}.{number}"]
+        own = {**config, "peft": {**config["peft"], "target_modules": modules}}
+        write_run(tmp_path / str(number), own, skill=0.3 * number)
+    found = analyse(read_sweep(tmp_path))
+    assert min(len(c.name_b) for c in found.comparisons) > 45
+    page = report_page(found, tmp_path, title="long", command="report")
+    [plot] = re.findall(r'aria-label="paired differences">(.*?)</svg>', page, re.DOTALL)
+    shown = "".join(unescape(text) for text in re.findall(r">([^<]+)</text>", plot))
+    labels = [
+        label.get_text() for label in forest_figure(found.comparisons).axes[0].get_yticklabels()
+    ]
+    for comparison in found.comparisons:
+        name = comparison.name_b.replace(" ", "")
+        assert name in shown.replace(" ", "")
+        assert name in ["".join(label.split()) for label in labels]
+    assert "…" not in shown
+    assert all(len(line) <= 45 for label in labels for line in label.split("\n"))

@@ -15,6 +15,9 @@ import pandas as pd
 import pytest
 
 from medqlora.config import compose
+from medqlora.evaluation import write_metrics
+from medqlora.finetuning import read_checkpoint
+from medqlora.tracking import RunCSVLogger
 from medqlora.train import train
 from tests.conftest import ROOT
 
@@ -88,6 +91,71 @@ def assert_same_end(run_dir: Path, reference: Path, told: str) -> None:
     assert metrics["val"] == expected["val"], told
     tables = [pd.read_parquet(d / "predictions.parquet") for d in (run_dir, reference)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert_same_curve(run_dir, reference)
+
+
+def assert_same_curve(run_dir: Path, reference: Path) -> None:
+    """No row of metrics.csv twice, and none that the other has not.
+
+    The row of the very update that a checkpoint was saved after may be missing: it is written
+    behind the checkpoint.
+    """
+    ours, theirs = (pd.read_csv(d / "metrics.csv") for d in (run_dir, reference))
+    for key in ("train/loss", "val/loss"):
+        rows, expected = ([*t.dropna(subset=[key])["step"]] for t in (ours, theirs))
+        assert rows == sorted(set(rows)), key
+        assert set(rows) <= set(expected), key
+        assert len(rows) >= len(expected) - 2, key
+
+
+def test_rows_behind_the_checkpoint_are_dropped_and_earlier_ones_stay(tmp_path):
+    """A killed run logged updates that the run that resumes makes once more."""
+    first = RunCSVLogger(tmp_path)
+    for step in range(4):
+        first.log_metrics({"train/loss": 4.0 - step}, step)
+        first.save()
+    first.log_metrics({"val/loss": 1.5}, 3)
+    first.save()
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("3,0.")  # power was lost while it wrote
+    resumed = RunCSVLogger(tmp_path)
+    resumed.save()
+    resumed.log_metrics({"train/loss": 2.25}, 2)
+    resumed.log_metrics({"train/loss": 1.25}, 3)
+    resumed.log_metrics({"val/accuracy": 0.5}, 3)
+    resumed.save()
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    losses = table.dropna(subset=["train/loss"])
+    assert [*losses["step"]] == [0, 1, 2, 3]
+    assert [*losses["train/loss"]] == [4.0, 3.0, 2.25, 1.25]
+    assert table["val/loss"].isna().all()
+    assert [*table["val/accuracy"].dropna()] == [0.5]
+
+
+def test_a_run_that_resumes_keeps_the_curve_of_before(tiny_options, tmp_path):
+    """Its checkpoint is of update 4 of 6, and all six were logged before it was killed."""
+    words = [
+        *tiny_options,
+        "peft=lora_r4",
+        "optimizer=adamw",
+        "trainer.max_steps=6",
+        "trainer.log_every_n_steps=1",
+        "callbacks.checkpoints.every_n_steps=2",
+        "data.val_file=null",
+        "resume=auto",
+    ]
+    run_dir = train(compose("train", words), tmp_path / "day" / "run")
+    checkpoints = run_dir / "checkpoints"
+    before = pd.read_csv(run_dir / "metrics.csv")
+    assert [*before["step"]] == [*range(6)]
+    assert read_checkpoint(checkpoints / "last.prev.ckpt")["global_step"] == 4
+    (checkpoints / "last.prev.ckpt").replace(checkpoints / "last.ckpt")
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    write_metrics(run_dir, metrics | {"status": "interrupted"})
+    train(compose("train", words), run_dir)
+    columns = ["epoch", "step", "train/loss"]  # the speed is of each part
+    after = pd.read_csv(run_dir / "metrics.csv")
+    pd.testing.assert_frame_equal(after[columns], before[columns])
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(

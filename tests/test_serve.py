@@ -128,6 +128,9 @@ class Slow:
         scores = (math.log(0.7), *(math.log(0.1),) * 3)
         return [Prediction(q.id, "x", "", "single", None, scores) for q in questions]
 
+    def shortens(self, question):
+        return False
+
 
 def test_requests_that_arrive_while_rows_are_scored_share_the_next_ones():
     """Twenty requests behind a first one are one block, and each gets its own answers back."""
@@ -525,6 +528,26 @@ def test_a_question_typed_with_the_keyboard_is_answered(page, client):
     )
     assert sum(widths) == pytest.approx(1, abs=0.02)
     assert "Calibrated with the run's temperature" in page.run("return document.body.innerText")
+
+
+@browser_only
+def test_the_page_says_that_a_question_lost_its_beginning(page, client):
+    question = asked(5) | {"question": "word " * 3000 + "which?"}
+    told = client.post("/predict", json=question).json()
+    assert told.get("shortened"), told
+    for key in ("question", "opa", "opb", "opc", "opd"):
+        name = "question" if key == "question" else None
+        page.run(
+            "const field = arguments[0] ? document.getElementById(arguments[0])"
+            " : document.querySelectorAll('#options input')[arguments[1]];"
+            "field.value = arguments[2];",
+            name,
+            "abcd".find(key[-1]),
+            question[key],
+        )
+    page.run("document.querySelector('#ask').requestSubmit()")
+    page.wait("return !document.querySelector('#result').hidden")
+    assert "the beginning of its stem was not read" in page.run("return document.body.innerText")
 
 
 @browser_only

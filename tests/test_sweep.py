@@ -186,6 +186,59 @@ def test_a_changed_data_file_is_not_the_same_run(question_files, tmp_path):
     assert find_completed(tmp_path / "sweeps", moved) is None
 
 
+def test_a_job_killed_before_its_data_were_changed_is_run_anew(sweep, question_files, tmp_path):
+    """Its checkpoint is of rows that are no more; the bases it scored are as well."""
+    questions = tmp_path / "train.jsonl"
+    shutil.copy(question_files["train"], questions)
+    os.utime(questions, (1e9, 1e9))
+    line = (
+        "peft=lora_r4",
+        f"data.train_file={questions}",
+        "baselines=[base_quantized]",
+        "hydra.sweep.dir=sweeps/mine",
+    )
+    assert sweep(*line).code == 0
+    job = Path("sweeps/mine/0")
+    metrics = read_run(job).metrics
+    kept = read_run(job / "baselines" / "base_quantized").metrics["started"]
+    time.sleep(1.1)  # `started` is in whole seconds
+    questions.write_text("".join(questions.read_text().splitlines(keepends=True)[:4]))
+    # As an earlier attempt to go on left it, which began after the change.
+    later = datetime.fromtimestamp(time.time() + 60, UTC).isoformat(timespec="seconds")
+    for started in (metrics["started"], later):
+        write_metrics(job, metrics | {"status": "interrupted", "started": started})
+        for path in (job / "checkpoints").iterdir():
+            os.utime(path, (1.1e9, 1.1e9))
+        os.utime(questions, (1.2e9, 1.2e9) if started == later else None)
+        ended = sweep(*line)
+        assert ended.code == 0, ended.err
+        assert "going on with" not in ended.err
+        assert statuses(Path("sweeps/mine")) == {"0": "completed"}
+        assert read_run(job).metrics["data"]["num_train"] == 4
+        metrics = read_run(job).metrics
+    assert read_run(job / "baselines" / "base_quantized").metrics["started"] > kept
+
+
+def test_an_unfinished_job_of_another_file_keeps_its_checkpoint(sweep, question_files, tmp_path):
+    """config_hash leaves paths out: the same line with another file goes beside it."""
+    questions = tmp_path / "other.jsonl"
+    shutil.copy(question_files["train"], questions)
+    line = ("peft=lora_r4", "hydra.sweep.dir=sweeps/mine")
+    assert sweep(*line).code == 0
+    job = Path("sweeps/mine/0")
+    write_metrics(job, read_run(job).metrics | {"status": "interrupted"})
+    ended = sweep(*line, f"data.train_file={questions}")
+    assert ended.code == 0, ended.err
+    assert statuses(Path("sweeps/mine")) == {"0": "interrupted", "0-2": "completed"}
+    assert (job / "checkpoints" / "last.ckpt").exists()
+    # Nor is what a job left overwritten when its metrics are lost.
+    (job / "metrics.json").unlink()
+    adapter = (job / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert sweep(*line).code == 0
+    assert (job / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == adapter
+    assert read_run("sweeps/mine/0-3").status == "completed"
+
+
 def _overrides(files: dict[str, str], train_file: Path) -> list[str]:
     return ["data=files", f"data.train_file={train_file}", f"data.val_file={files['val']}"]
 

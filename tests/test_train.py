@@ -7,12 +7,14 @@ import gzip
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +25,7 @@ from medqlora.data import read_questions
 from medqlora.evaluation import empty_metrics, read_predictions, read_run
 from medqlora.quantization import dequantized_weight
 from medqlora.schema import Prediction, Question
-from medqlora.train import train
+from medqlora.train import _score_baseline, train
 from tests.data.data_tools import SHARED
 
 SCORES = ["score_a", "score_b", "score_c", "score_d"]
@@ -387,3 +389,42 @@ def test_a_run_that_is_not_on_the_fast_path_says_why(tiny_options, tmp_path, cap
         with caplog.at_level("INFO", logger="medqlora"):
             train(compose("train", [*tiny_options, *short, f"quant={quant}"]), tmp_path / quant)
         assert (f"{said}, compile=none: slower than the fast path" in caplog.text) == slower
+
+
+@pytest.mark.parametrize("left", ["interrupted", "one split", "no metrics"])
+def test_a_base_whose_scoring_was_cut_short_is_scored_again(run_dir, tmp_path, left):
+    """Its predictions of the first split are there by then."""
+    folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    base = folder / "baselines" / "base_quantized"
+    whole = metrics_of(base)
+    changed = json.loads(json.dumps(whole))
+    if left == "interrupted":
+        changed["status"] = "interrupted"
+    changed["test"]["n"] = None
+    (base / "metrics.json").write_text(json.dumps(changed))
+    if left == "no metrics":
+        (base / "metrics.json").unlink()
+    cfg = OmegaConf.create(pipeline.read_config(folder))
+    datamodule = pipeline.build_datamodule(cfg)
+    datamodule.setup()
+    _score_baseline(cfg, folder, datamodule, "base_quantized", ["val", "test"])
+    again = metrics_of(base)
+    assert again["status"] == "completed"
+    assert again["test"] == whole["test"]
+    assert again["started"] != whole["started"]
+    _score_baseline(cfg, folder, datamodule, "base_quantized", ["val", "test"])
+    assert metrics_of(base) == again
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_folder_that_is_named_is_where_a_run_goes_on(named, tiny_options, monkeypatch, tmp_path):
+    """Without, `resume=auto` looks for the newest unfinished run."""
+    begun: list[Path] = []
+    monkeypatch.setattr("medqlora.train.names_its_folder", lambda: named)
+    monkeypatch.setattr("medqlora.train.find_unfinished", lambda root, config: tmp_path / "earlier")
+    monkeypatch.setattr("medqlora.train.move_log", lambda old, new: None)
+    monkeypatch.setattr(
+        "medqlora.train._train_in", lambda cfg, run_dir, **how: begun.append(run_dir)
+    )
+    train(compose("train", [*tiny_options, "resume=auto"]), tmp_path / "day" / "time")
+    assert begun == [tmp_path / "day" / "time" if named else tmp_path / "earlier"]

@@ -31,8 +31,8 @@ MIRRORED = {
 }
 """Files outside docs/ that are pages of the site as they are."""
 
-PAGES = MIRRORED | {"README.md": "index.md"}
-"""Where a link to a file outside docs/ leads on the site."""
+PAGES = MIRRORED | {"README.md": "index.md", "conf": "options/index.md"}
+"""Where a link to a file or folder outside docs/ leads on the site."""
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 _PICTURE = re.compile(r'<img alt="([^"]*)" src="[^"]*?pictures/(\w+)\.svg" ?/?>')

@@ -507,7 +507,8 @@ class MedMCQADataModule(LightningDataModule):
         self.num_truncated = sum(tokens.num_truncated for tokens in tokenized.values())
         if self.num_truncated:
             log.warning(
-                "%s: %d questions were longer than %d tokens and lost the beginning of their stem",
+                "%s: %d question(s) were longer than %d tokens and lost the beginning of their "
+                "stem",
                 self.name,
                 self.num_truncated,
                 self.limit,
@@ -729,7 +730,7 @@ class MedMCQADataModule(LightningDataModule):
         tokenized = tokenize_questions(questions, self.prompt, encoder, limit=self.limit)
         if tokenized.num_truncated:
             log.warning(
-                "%d questions were longer than %d tokens and lost the beginning of their stem",
+                "%d question(s) were longer than %d tokens and lost the beginning of their stem",
                 tokenized.num_truncated,
                 self.limit,
             )
@@ -745,6 +746,16 @@ class MedMCQADataModule(LightningDataModule):
                 max_length=min(longest, budget),
                 prefix_length=self._prefix_length(tokenized),
             )
+
+    def shortens(self, question: Question) -> bool:
+        """Whether a question loses the beginning of its stem to fit into a row."""
+        parts = self.prompt.render(question)
+        sizes = [len(part.encode()) if isinstance(part, str) else 1 for part in parts]
+        if sum(sizes) < self.limit:
+            return False  # a token has a byte at least
+        encoder = TextEncoder(self.tokenizer)
+        tokenized = tokenize_questions([question], self.prompt, encoder, limit=self.limit)
+        return bool(tokenized.num_truncated)
 
     def _loader(
         self,
@@ -842,7 +853,8 @@ class MedMCQADataModule(LightningDataModule):
                 raise CheckpointError(
                     f"the checkpoint was made with {option} {str(state[key])[:12]} and this run "
                     f"has {str(value)[:12]}, so the rows that are left are unknown: resume with "
-                    "the same data and options, or start anew with resume=never."
+                    "the same data and options, or start anew with resume=never in another "
+                    "hydra.run.dir."
                 )
         loader.load_state_dict(state)
 

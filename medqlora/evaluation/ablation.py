@@ -116,6 +116,7 @@ class Effect:
         interval: 95 % interval of that mean over questions; seeds and blocks are taken as they are.
         num_blocks: Blocks; 0 where no such set exists and all runs of the level are averaged.
         entries: The runs that were averaged.
+        n: Questions each of them scored.
     """
 
     factor: str
@@ -124,6 +125,7 @@ class Effect:
     interval: Interval
     num_blocks: int
     entries: Sequence[Entry]
+    n: int
 
     @property
     def num_runs(self) -> int:
@@ -336,14 +338,14 @@ def _effect(
 ) -> Effect:
     ids = list(tables[entries[0].run.run_dir])
     correct = np.array([[tables[e.run.run_dir][i] for i in ids] for e in entries], dtype=bool)
-    if len(correct) == 1:
-        interval = wilson_interval(int(correct.sum()), correct.size)
+    mean, by_question = float(correct.mean()), correct.mean(axis=0)
+    if len(correct) == 1 or len(ids) < 2 or np.ptp(by_question) == 0:
+        # Questions that all agree say as much as one run of them does, which is no certainty.
+        interval = wilson_interval(round(mean * len(ids)), len(ids))
     else:
-        by_question = correct.mean(axis=0)
-        error = 1.96 * float(by_question.std(ddof=1)) / len(ids) ** 0.5 if len(ids) > 1 else 0.0
-        mean = float(correct.mean())
+        error = 1.96 * float(by_question.std(ddof=1)) / len(ids) ** 0.5
         interval = Interval(max(mean - error, 0.0), min(mean + error, 1.0))
-    return Effect(factor, level, float(correct.mean()), interval, num_blocks, entries)
+    return Effect(factor, level, mean, interval, num_blocks, entries, len(ids))
 
 
 def _once(runs: Sequence[RunResult]) -> list[RunResult]:
@@ -356,7 +358,7 @@ def _once(runs: Sequence[RunResult]) -> list[RunResult]:
             shas = tuple(_sha256(run, split) for split in ("val", "test"))
             key = (run.metrics["config_hash"], shas, run.metrics["started"])
             if _kind(run) == "base":
-                key = (config_hash(_with_effect(_without_seed(run.config))), shas)
+                key = (config_hash(_without_seed(_effective(run))), shas)
         if key not in seen:
             seen.add(key)
             kept.append(run)
@@ -371,7 +373,7 @@ def _kind(run: RunResult) -> str:
 
 
 def _entry(run: RunResult, levels: Mapping[str, str]) -> Entry:
-    config = run.config or {}
+    config = _effective(run)
     kind = _kind(run)
     words = ", ".join(_words(name, level) for name, level in levels.items())
     if kind == "base":
@@ -430,6 +432,9 @@ def is_quantised(config: Mapping[str, Any]) -> bool:
 
 
 _UNQUANTISED = {"bfloat16": "16 bit", "float16": "16 bit", "float32": "32 bit"}
+_OF_SCORING = ("accelerator", "devices", "num_nodes", "precision", "strategy")
+"""Keys of `trainer` that a run without training reads."""
+
 _OF_QUANTISED = ("double_quant", "skip_modules", "block_size", "quant_storage")
 
 
@@ -446,6 +451,27 @@ def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "quant": kept}
 
 
+def _scoring_only(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a bare base without the keys that only training reads."""
+    kept = dict(config)
+    if isinstance(trainer := config.get("trainer"), Mapping):
+        kept["trainer"] = {k: v for k, v in trainer.items() if k in _OF_SCORING}
+    if isinstance(data := config.get("data"), Mapping) and not _num_shots(config):
+        kept["data"] = {k: v for k, v in data.items() if k != "limit_train"}
+    return kept
+
+
+def _num_shots(config: Mapping[str, Any]) -> int:
+    """Solved questions of train in front of each prompt."""
+    return (config.get("prompt") or {}).get("num_shots") or 0
+
+
+def _effective(run: RunResult) -> dict[str, Any]:
+    """The config of a run; of a bare base only what can change its scores."""
+    config = dict(run.config or {})
+    return _with_effect(_scoring_only(config)) if _kind(run) == "base" else config
+
+
 def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
     dropped = (SEED, "choices", "defaults")
     return {key: value for key, value in config.items() if key not in dropped}
@@ -459,7 +485,7 @@ def _factors(
     levels: list[dict[str, str]] = [{} for _ in runs]
     for kind in dict.fromkeys(_kind(run) for run in runs):
         members = [i for i, run in enumerate(runs) if _kind(run) == kind and run.config is not None]
-        flat = [_flatten(runs[i].config or {}) for i in members]
+        flat = [_flatten(_effective(runs[i])) for i in members]
         options = [runs[i].metrics.get("choices") or {} for i in members]
         factors[kind] = {}
         for key in dict.fromkeys(name.split(".")[0] for table in flat for name in table):

@@ -22,14 +22,17 @@ from medqlora.evaluation.sweep_figures import (
     KINDS,
     UNKNOWING,
     Value,
+    curve_interval,
     curves,
+    is_scored,
+    label_lines,
     label_places,
     milliseconds,
     num_trainable,
     subject_table,
     weight_gb,
 )
-from medqlora.evaluation.tables import SMALL, UNKNOWN
+from medqlora.evaluation.tables import SMALL, UNKNOWN, methods_text
 
 MAX_LABELS = 8
 """Points of a scatter that all have a label; of more, those of the Pareto front."""
@@ -346,7 +349,7 @@ def _run_row(page: _Page, entry: Entry, factors: Sequence[str], split: str, widt
         + cell(metrics["wall_seconds"], _decimals(metrics["wall_seconds"], 1))
     )
     state = "failed" if failed and run.ending != "pruned" else entry.kind
-    problem = f"{run.ending}: {run.error}" if failed else ""
+    problem = f"{run.ending}: {run.error or 'it was killed'}" if failed else ""
     detail = (
         f'<tr class="detail" hidden><td colspan="{width}">'
         + (f"<p>{escape(problem)}</p>" if problem else "")
@@ -661,13 +664,12 @@ def _settings(page: _Page) -> str:
             f'<tr class="{setting.kind}" data-setting="{page.number(entry.setting)}">'
             f"{''.join(cells)}</tr>"
         )
-    methods = "; ".join(dict.fromkeys(c.method for c in ablation.comparisons))
     caption = (
         "Seeds of one setting are averaged; their interval counts seeds and questions as random. "
         + (
             f"Differences to {ablation.baseline} in percentage points, paired by question "
-            f"({methods}), p-values corrected for {len(by_name)} "
-            f"comparison{'s'[: len(by_name) != 1]} by Holm's method."
+            f"and corrected for {len(by_name)} comparison{'s'[: len(by_name) != 1]} by Holm's "
+            f"method: {methods_text(ablation.comparisons)}"
             if by_name
             else ""
         )
@@ -705,11 +707,12 @@ def _forest(page: _Page) -> str:
     settings = {s.name: s for s in page.ablation.settings}
     low = 100 * min(0.0, *(c.ci_low for c in comparisons))
     high = 100 * max(0.0, *(c.ci_high for c in comparisons))
-    longest = max(len(c.name_b) for c in comparisons)
-    left = min(300, 24 + 6.2 * longest)
+    names = [label_lines(c.name_b) for c in comparisons]
+    left = 24 + 6.2 * max(len(line) for lines in names for line in lines)
+    row = 10 + 12 * max(len(lines) for lines in names)
     axes = _Axes(
         860,
-        56 + 22 * len(comparisons),
+        56 + row * len(comparisons),
         _padded((low, high), False),
         (0, 1),
         left=left,
@@ -721,7 +724,7 @@ def _forest(page: _Page) -> str:
     axes.line("majority", axes.px(0), axes.top, axes.px(0), axes.bottom)
     axes.text((axes.left + axes.right) / 2, axes.height - 4, "percentage points, 95 % interval")
     for place, c in enumerate(comparisons):
-        y = axes.top + 11 + 22 * place
+        y = axes.top + row / 2 + row * place
         p = c.p_value if c.p_holm is None else c.p_holm
         sure = p < 0.05
         setting = settings[c.name_b]
@@ -732,8 +735,8 @@ def _forest(page: _Page) -> str:
             f"{100 * c.ci_high:+.1f}], p {_p(c.p_value)}, Holm {_p(p)}"
         )
         kind = "k0" if sure else "unsure"
-        name = c.name_b if len(c.name_b) <= 45 else c.name_b[:44] + "…"
-        axes.text(axes.left - 8, y + 4, name, "end")
+        for line, text in enumerate(names[place]):
+            axes.text(axes.left - 8, y + 4 + 12 * (line - (len(names[place]) - 1) / 2), text, "end")
         axes.parts.append(
             f'<g class="point" data-setting="{page.number(entry.setting)}" data-tip="'
             f'{escape(_setting_tip(setting, more))}"><a href="{escape(page.href(entry))}">'
@@ -772,12 +775,13 @@ def _effects(page: _Page) -> str:
         for factor, levels in factors.items()
     )
     rows = "".join(_effect_row(page, effect) for effect in effects)
-    heads = ("factor", "level", "mean accuracy", "95 % interval", "matched blocks", "runs")
-    kinds = (' class="text"', ' class="text"', "", "", "", ' class="text"')
+    heads = ("factor", "level", "mean accuracy", "95 % interval", "n", "matched blocks", "runs")
+    kinds = (' class="text"', ' class="text"', "", "", "", "", ' class="text"')
     head = "".join(f"<th{k}>{h}</th>" for h, k in zip(heads, kinds, strict=True))
     return (
         f'<div class="plots">{figures}</div><p class="soft">Mean accuracy (%) at each level. A '
-        "block is a set of runs that differ in this factor alone and have each of its levels. "
+        "block is a set of runs that differ in this factor alone and have each of its levels; each "
+        "run scored the same n questions. "
         "Bars: 95 % interval over questions; they say nothing about other seeds. Line: majority "
         f'letter {100 * majority:.1f} %.</p><div class="scroll"><table id="effects-table"><thead>'
         f"<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -795,7 +799,7 @@ def _effect_row(page: _Page, effect: Effect) -> str:
     return (
         f'<tr><td class="text">{escape(effect.factor)}</td>'
         f'<td class="text">{escape(effect.level)}</td><td>{100 * effect.accuracy:.1f} %</td>'
-        f"<td>[{100 * low:.1f}, {100 * high:.1f}]</td>"
+        f"<td>[{100 * low:.1f}, {100 * high:.1f}]</td><td>{effect.n}</td>"
         f'<td>{effect.num_blocks or "not balanced"}</td><td class="text wrap">{runs}</td></tr>'
     )
 
@@ -821,6 +825,7 @@ def _effect(factor: str, levels: Sequence[Effect], majority: float, y: tuple[flo
         tip = (
             f"{factor} = {effect.level}\nmean accuracy {100 * effect.accuracy:.1f} %, 95 % "
             f"interval [{100 * effect.interval.low:.1f}, {100 * effect.interval.high:.1f}]\n"
+            f"majority {100 * majority:.1f} %, n={effect.n}, "
             f"{effect.num_runs} run{'s'[: effect.num_runs != 1]}"
         )
         axes.parts.append(
@@ -829,9 +834,10 @@ def _effect(factor: str, levels: Sequence[Effect], majority: float, y: tuple[flo
             f'<circle class="mark k0 f0" cx="{x}" cy="{place}" r="4.5"/>'
             f'<circle class="hit" cx="{x}" cy="{place}" r="12"/></g>'
         )
+        level = escape(_cut(effect.level, 18))
         axes.parts.append(
             f'<text x="{x}" y="{axes.bottom + 14}" text-anchor="end" '
-            f'transform="rotate(-28 {x} {axes.bottom + 14})">{escape(effect.level[:18])}</text>'
+            f'transform="rotate(-28 {x} {axes.bottom + 14})">{level}</text>'
         )
     blocks = levels[0].num_blocks
     runs = sum(e.num_runs for e in levels)
@@ -842,8 +848,14 @@ def _effect(factor: str, levels: Sequence[Effect], majority: float, y: tuple[flo
     )
     return (
         f"<figure><h3>{escape(factor)}</h3>{axes.svg(factor)}"
-        f"<figcaption>{balance}</figcaption></figure>"
+        f"<figcaption>n={levels[0].n}; {balance}</figcaption></figure>"
     )
+
+
+def _cut(text: str, most: int) -> str:
+    """A text that is too long without its middle: names of one sweep often begin alike."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
 
 
 def _learning(page: _Page) -> str:
@@ -859,25 +871,34 @@ def _learning(page: _Page) -> str:
     colour = {setting: f"k{i % 7} d{i // 7 % 3}" for i, setting in enumerate(settings)}
     figures = ""
     for key, head in keys.items():
-        found = [(entry, table[key]) for entry, table in tables if table.get(key)]
+        loss = key.endswith("loss")
+        found = [
+            (entry, table[key])
+            for entry, table in tables
+            if table.get(key) and (loss or is_scored(entry.run.metrics["val"]))
+        ]
         if not found:
             continue
         xs = [x for _, points in found for x, _ in points]
         ys = [y for _, points in found for _, y in points]
-        loss = key.endswith("loss")
-        ys += [UNKNOWING] if loss else []
+        ys += [UNKNOWING] if loss else _band_ends(found)
         axes = _Axes(380, 250, (min(0.0, *xs), max(xs) or 1), _padded(ys, False))
         axes.frame("updates", percent=not loss)
         if loss:
             axes.line("front", axes.left, axes.py(UNKNOWING), axes.right, axes.py(UNKNOWING))
             axes.text(axes.right, axes.py(UNKNOWING) - 5, "ln 4: knowing nothing", "end", "soft")
+        else:
+            for y in {axes.py(e.run.metrics["val"]["majority_accuracy"]) for e, _ in found}:
+                axes.line("majority", axes.left, y, axes.right, y)
+            opacity = max(0.3 / len(found), 0.03)  # the more of them overlap, the fainter
+            for entry, points in found:
+                kind = colour[entry.setting].split()[0]
+                axes.parts.append(_band(page, axes, entry, points, kind, opacity))
         for entry, points in found:
             places = [(axes.px(x), axes.py(y)) for x, y in points]
-            last = points[-1][1] if loss else 100 * points[-1][1]
-            tip = (
-                f"{entry.label}, seed {entry.run.metrics['seed']}\n"
-                f"{key} at the end: {last:.3f}{'' if loss else ' %'}, update {points[-1][0]:g}"
-            )
+            step, last = points[-1]
+            value = f"{last:.3f}" if loss else _val_text(entry, last)
+            tip = f"{entry.label}, {_seed(entry)}\n{key} at update {step:g}: {value}"
             common = (
                 f'data-setting="{page.number(entry.setting)}" data-tip="{escape(tip)}" '
                 f'class="curve {colour[entry.setting]}"'
@@ -889,7 +910,8 @@ def _learning(page: _Page) -> str:
             axes.parts.append(
                 f'<a href="{escape(page.href(entry))}"><path {common} d="{d}"/>{dots}</a>'
             )
-        figures += f"<figure><h3>{head}</h3>{axes.svg(head)}</figure>"
+        caption = "" if loss else f"<figcaption>{_val_caption(found, tables)}</figcaption>"
+        figures += f"<figure><h3>{head}</h3>{axes.svg(head)}{caption}</figure>"
     if not figures:
         return ""
     names = {entry.setting: entry.label for entry, _ in tables}
@@ -899,6 +921,62 @@ def _learning(page: _Page) -> str:
         for s in settings
     )
     return f'<div class="plots">{figures}</div><div class="legend">{legend}</div>'
+
+
+_Curves = Sequence[tuple[Entry, Sequence[tuple[float, float]]]]
+_Tables = Sequence[tuple[Entry, Mapping[str, Sequence[tuple[float, float]]]]]
+
+
+def _band_ends(found: _Curves) -> list[float]:
+    """All that a plot of val accuracies has to hold."""
+    ends = [entry.run.metrics["val"]["majority_accuracy"] for entry, _ in found]
+    for entry, points in found:
+        n = entry.run.metrics["val"]["n"]
+        ends += [end for _, y in points for end in curve_interval(y, n)]
+    return ends
+
+
+def _band(
+    page: _Page,
+    axes: _Axes,
+    entry: Entry,
+    points: Sequence[tuple[float, float]],
+    kind: str,
+    opacity: float,
+) -> str:
+    """The intervals along a curve of val accuracies; of one point a bar."""
+    lows, highs = [], []
+    for x, y in points:
+        low, high = curve_interval(y, entry.run.metrics["val"]["n"])
+        lows.append(f"{axes.px(x)},{axes.py(low)}")
+        highs.append(f"{axes.px(x)},{axes.py(high)}")
+    area = f"fill: var(--c{kind[1:]}); fill-opacity: {opacity:.3f}; stroke: none"
+    style = f"pointer-events: none{'; ' + area if len(points) > 1 else ''}"
+    return (
+        f'<path class="curve band {kind}" data-setting="{page.number(entry.setting)}" '
+        f'style="{style}" d="M{"L".join(lows + highs[::-1])}Z"/>'
+    )
+
+
+def _val_text(entry: Entry, accuracy: float) -> str:
+    section = entry.run.metrics["val"]
+    low, high = curve_interval(accuracy, section["n"])
+    return (
+        f"{100 * accuracy:.1f} %, 95 % interval [{100 * low:.1f}, {100 * high:.1f}]\n"
+        f"majority {_scaled(section['majority_accuracy'])} %, n={section['n']}"
+    )
+
+
+def _val_caption(found: _Curves, tables: _Tables) -> str:
+    sections = [entry.run.metrics["val"] for entry, _ in found]
+    majorities = ", ".join(dict.fromkeys(f"{_scaled(s['majority_accuracy'])} %" for s in sections))
+    sizes = ", ".join(dict.fromkeys(str(s["n"]) for s in sections))
+    left_out = sum("val/accuracy" in table for _, table in tables) - len(found)
+    rest = f" {left_out} run(s) without a val score at the end are left out." if left_out else ""
+    return (
+        f"val split, n={sizes}. Bands: 95 % Wilson intervals. Line: majority letter {majorities}."
+        f"{rest}"
+    )
 
 
 def _subjects(page: _Page) -> str:

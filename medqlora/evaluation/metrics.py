@@ -133,6 +133,8 @@ class PredictionCollector(Metric):
             One prediction for each question scored.
         """
         index, scores = self.compute()
+        # torchmetrics makes a number of a tensor of one.
+        index, scores = index.reshape(-1), scores.reshape(-1, self.num_options)
         return to_predictions(questions, split, index, scores)
 
 

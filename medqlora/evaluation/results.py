@@ -208,7 +208,12 @@ def read_run(run_dir: str | Path) -> RunResult:
             f"{path} has schema_version {version!r}, but this medqlora reads {SCHEMA_VERSION}; "
             "read it with the version that wrote it, or run it again."
         )
-    return RunResult(folder, _merge(empty_metrics(), metrics), _read_config(folder))
+    complete = _merge(empty_metrics(), metrics)
+    if wrong := _wrong_kinds(empty_metrics(), complete):
+        raise CheckpointError(
+            f"{path} is damaged ({'; '.join(wrong[:3])}); run or evaluate it again."
+        )
+    return RunResult(folder, complete, _read_config(folder))
 
 
 def read_runs(root: str | Path) -> list[RunResult]:
@@ -444,6 +449,28 @@ def _plain(value: Any, key: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item, key) for item in value]
     raise TypeError(f"{key} is a {type(value).__name__}, which has no JSON form.")
+
+
+_TEXTS = ("status", "error", "config_hash", "started", "command", "name", "sha256", "revision")
+
+
+def _wrong_kinds(known: Mapping[str, Any], metrics: Mapping[str, Any], at: str = "") -> list[str]:
+    """What is no section, text or number where the contract has one, in words."""
+    wrong = []
+    for key, empty in known.items():
+        value, name = metrics[key], f"{at}{key}"
+        if isinstance(empty, dict):
+            if not isinstance(value, Mapping):
+                wrong.append(f"{name}={value!r:.60} is no section")
+            elif key not in ("by", "versions"):
+                wrong += _wrong_kinds(empty, value, f"{name}.")
+        elif value is None or key in ("letter_share", "device"):
+            continue
+        elif key in _TEXTS:
+            wrong += [] if isinstance(value, str) else [f"{name}={value!r:.60} is no text"]
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            wrong.append(f"{name}={value!r:.60} is no number")
+    return wrong
 
 
 def _merge(base: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -27,7 +29,7 @@ from medqlora.evaluation.figures import (
     _percent_axes,
 )
 from medqlora.evaluation.results import RunResult
-from medqlora.evaluation.statistics import Comparison
+from medqlora.evaluation.statistics import Comparison, Interval, wilson_interval
 from medqlora.evaluation.tables import SMALL
 
 KINDS = {"trained": 0, "base": 1, "evaluated": 2}
@@ -83,6 +85,26 @@ def curves(run: RunResult) -> dict[str, list[tuple[float, float]]]:
     except (OSError, ValueError, KeyError, TypeError):
         return found
     return found
+
+
+def is_scored(section: Mapping[str, Any]) -> bool:
+    """Whether a section of metrics.json has what must stand beside an accuracy."""
+    return bool(section["n"]) and section["majority_accuracy"] is not None
+
+
+def curve_interval(accuracy: float, n: int) -> Interval:
+    """95 % interval of an accuracy that was logged during training.
+
+    Args:
+        accuracy: As logged, a fraction.
+        n: Questions of val.
+    """
+    return wilson_interval(round(accuracy * n), n)
+
+
+def label_lines(name: str) -> list[str]:
+    """A name in lines of at most 45 letters: names of one sweep often differ in their end alone."""
+    return textwrap.wrap(name, 45, break_on_hyphens=False)
 
 
 def label_places(
@@ -200,16 +222,23 @@ def _label_points(figure: Figure, axes: Axes, shown: Sequence[tuple[float, Setti
 
 def learning_figure(
     runs: Mapping[str, Sequence[Mapping[str, Sequence[tuple[float, float]]]]],
+    vals: Sequence[Mapping[str, Any]] = (),
 ) -> Figure:
     """Training loss, validation loss and validation accuracy by update.
 
     Args:
         runs: For each setting, the curves of its runs (`curves`).
+        vals: `val` of metrics.json of the runs. Without baseline and one n of all there is no
+            validation accuracy.
 
     Raises:
         ValueError: If no run logged any of them.
     """
     keys = {"train/loss": "training loss", "val/loss": "val loss", "val/accuracy": "val accuracy"}
+    vals = [section for section in vals if is_scored(section)]
+    n = vals[0]["n"] if vals else 0
+    if not n or any(section["n"] != n for section in vals):
+        del keys["val/accuracy"]
     shown = [k for k in keys if any(table.get(k) for tables in runs.values() for table in tables)]
     if not shown:
         raise ValueError("No run logged a curve.")
@@ -233,11 +262,26 @@ def learning_figure(
                         marker="." if len(points) < 30 else None,
                         label=name if number == 0 else None,
                     )
+                if points and key == "val/accuracy":
+                    ends = [curve_interval(y, n) for _, y in points]
+                    axes.fill_between(
+                        [x for x, _ in points],
+                        [end.low for end in ends],
+                        [end.high for end in ends],
+                        color=colour,
+                        alpha=max(0.3 / len(vals), 0.03),
+                        linewidth=0,
+                    )
         if key.endswith("loss"):
             axes.axhline(
                 UNKNOWING, color="black", linewidth=1, linestyle=":", label="knowing nothing: ln 4"
             )
-        axes.set_title(keys[key], loc="left")
+        title = keys[key]
+        if key == "val/accuracy":
+            title += f", n={n}, 95 % intervals"
+            for majority in dict.fromkeys(section["majority_accuracy"] for section in vals):
+                _baseline(axes, majority, horizontal=True)
+        axes.set_title(title, loc="left")
         axes.set_xlim(left=0)
         axes.set(xlabel="updates", ylabel="nats" if key.endswith("loss") else "accuracy")
         if key == "val/accuracy":
@@ -390,7 +434,10 @@ def effects_figure(effects: Sequence[Effect], majority_accuracy: float) -> Figur
         axes.grid(True, axis="y", color="#E5E5E5", linewidth=0.6)
     panels[0].set_ylabel("accuracy, 95 % interval over questions")
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    figure.supxlabel(f"line: majority letter {100 * majority_accuracy:.1f} %", fontsize=7)
+    sizes = ", ".join(dict.fromkeys(str(effect.n) for effect in effects))
+    figure.supxlabel(
+        f"n={sizes}; line: majority letter {100 * majority_accuracy:.1f} %", fontsize=7
+    )
     return figure
 
 
@@ -407,10 +454,14 @@ def forest_figure(comparisons: Sequence[Comparison]) -> Figure:
         raise ValueError("Nothing was compared.")
     ordered = sorted(comparisons, key=lambda c: c.difference)
     first = ordered[0]
-    figure, axes = _figure(6.6, 1.5 + 0.28 * len(ordered), "")
+    names = ["\n".join(label_lines(c.name_b)) for c in ordered]
+    lines = max(name.count("\n") for name in names)
+    figure, axes = _figure(6.6, 1.5 + (0.28 + 0.15 * lines) * len(ordered), "")
     # Over the names too: over the plot alone it would have too little room.
     figure.suptitle(
-        f"Difference to {first.name_a} ({100 * first.accuracy_a:.1f} %, n={first.n})",
+        textwrap.fill(
+            f"Difference to {first.name_a} ({100 * first.accuracy_a:.1f} %, n={first.n})", 70
+        ),
         x=0.01,
         ha="left",
         fontsize=axes.title.get_fontsize(),
@@ -441,7 +492,7 @@ def forest_figure(comparisons: Sequence[Comparison]) -> Figure:
             transform=axes.get_yaxis_transform(),
         )
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(range(len(ordered)), [c.name_b for c in ordered], fontsize=8)
+    axes.set_yticks(range(len(ordered)), names, fontsize=8)
     axes.set_ylim(-0.6, len(ordered) - 0.4)
     axes.set_xlabel(
         "percentage points, 95 % interval; filled: p < 0.05 after Holm's correction", fontsize=8

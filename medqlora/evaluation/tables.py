@@ -35,6 +35,7 @@ class ResultRow:
         seconds: Time it took.
         extra: More columns, by heading; the same headings in every row.
         error: Why there is no result.
+        ending: How it ended, if it did not complete; "failed" where there is only an `error`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ResultRow:
     seconds: float | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
+    ending: str | None = None
 
 
 def result_row(run: RunResult, split: str = "test", name: str | None = None) -> ResultRow:
@@ -53,6 +55,7 @@ def result_row(run: RunResult, split: str = "test", name: str | None = None) -> 
         size_gb=run.metrics["model"]["weight_gb"],
         seconds=run.metrics["wall_seconds"],
         error=run.error if run.status != "completed" else None,
+        ending=run.ending if run.status != "completed" else None,
     )
 
 
@@ -165,9 +168,8 @@ def breakdown_markdown(section: Mapping[str, Any], name: str = "subject_name") -
 
 def comparison_table(comparisons: Sequence[Comparison], title: str | None = None) -> Table:
     """A rich table of paired comparisons: accuracies, difference with interval, p-values, n."""
-    methods = "; ".join(dict.fromkeys(comparison.method for comparison in comparisons))
     headings, cells = _comparison_cells(comparisons)
-    table = _table(headings, title, methods)
+    table = _table(headings, title, methods_text(comparisons))
     for texts in cells:
         table.add_row(*(Text(text) for text in texts))
     return table
@@ -175,8 +177,13 @@ def comparison_table(comparisons: Sequence[Comparison], title: str | None = None
 
 def comparison_markdown(comparisons: Sequence[Comparison]) -> str:
     """The same table in Markdown."""
+    return _markdown(*_comparison_cells(comparisons)) + f"\n{methods_text(comparisons)}\n"
+
+
+def methods_text(comparisons: Sequence[Comparison]) -> str:
+    """What p-values and intervals are, and which of them decides where they disagree."""
     methods = "; ".join(dict.fromkeys(comparison.method for comparison in comparisons))
-    return _markdown(*_comparison_cells(comparisons)) + f"\n{methods}.\n"
+    return f"{methods}. {_DECIDES}" if "bootstrap" in methods else f"{methods}."
 
 
 def text_table(
@@ -194,6 +201,10 @@ def text_markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], captio
     return _markdown(headings, rows) + f"\n{caption}\n"
 
 
+_DECIDES = (
+    "Where they disagree the exact test decides: the bootstrap interval is too narrow where few "
+    "questions differ."
+)
 _CAPTION = "Intervals are 95 % Wilson; majority: always giving the most frequent answer letter."
 
 
@@ -218,7 +229,7 @@ def _table(headings: Sequence[str], title: str | None, caption: str) -> Table:
 
 
 def _failed(row: ResultRow) -> bool:
-    return row.error is not None or row.section is None
+    return row.error is not None or row.ending is not None or row.section is None
 
 
 def _result_cells(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[str]]]:
@@ -227,8 +238,8 @@ def _result_cells(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[str]]
     cells = []
     for row in rows:
         accuracy = accuracy_cells(row.section or {})
-        if row.error and not accuracy[1]:
-            accuracy = ("failed", *accuracy[1:])
+        if not accuracy[1] and (row.error or row.ending):
+            accuracy = (row.ending or "failed", *accuracy[1:])
         cells.append(
             [
                 row.name,

@@ -287,7 +287,8 @@ class NaNGuard(Callback):
             raise TrainingError(
                 f"{finite.count(False)} trained tensors are not finite at step "
                 f"{trainer.global_step}, such as {name}, though the loss still was; the last good "
-                "checkpoint is kept. Lower optimizer.lr or trainer.gradient_clip_val."
+                "checkpoint, if there was one, is kept. Lower optimizer.lr or "
+                "trainer.gradient_clip_val."
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -313,9 +314,9 @@ class NaNGuard(Callback):
         log.error("the loss was %s at step %d on the questions %s", loss, step, ", ".join(ids))
         raise TrainingError(
             f"the loss became {loss} at step {step}, on a row of {len(ids)} questions from "
-            f"{ids[0]} to {ids[-1]} (all in train.log); the last good checkpoint is kept. Lower "
-            "optimizer.lr or trainer.gradient_clip_val, or audit the data: python -m "
-            "medqlora.audit."
+            f"{ids[0]} to {ids[-1]} (all in train.log); the last good checkpoint, if there "
+            "was one, is kept. Lower optimizer.lr or trainer.gradient_clip_val, or audit the data: "
+            "python -m medqlora.audit."
         )
 
     def _first_bad(

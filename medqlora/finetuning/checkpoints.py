@@ -108,7 +108,8 @@ def read_checkpoint(path: str | Path, identity: Mapping[str, Any] | None = None)
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
-            f"{path} is not there, so there is nothing to resume. Start with resume=never."
+            f"{path} is not there, so there is nothing to resume. Start anew with resume=never in "
+            "another hydra.run.dir."
         )
     try:
         # torch.load does not look at the checksums that torch.save wrote.
@@ -120,13 +121,13 @@ def read_checkpoint(path: str | Path, identity: Mapping[str, Any] | None = None)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds objects that would run code when read, so it is refused: only tensors "
-            "and plain values are read. Start with resume=never, or use a checkpoint that medqlora "
-            "wrote."
+            "and plain values are read. Use a checkpoint that medqlora wrote, or start anew with "
+            "resume=never in another hydra.run.dir."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{path} is damaged ({' '.join(str(error).split())[:200]}). Resume from {PREVIOUS} "
-            "beside it, or start with resume=never."
+            "beside it, or start anew with resume=never in another hydra.run.dir."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(
@@ -199,7 +200,7 @@ def check_identity(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -
             raise CheckpointError(
                 f"the checkpoint was made with {key}={saved.get(key)}, this run has "
                 f"{key}={_plain(value)}: the adapter does not fit another base. Use the same "
-                "options, or resume=never."
+                "options, or start anew with resume=never in another hydra.run.dir."
             )
 
 

@@ -189,7 +189,7 @@ def test_truncated_questions_are_counted_and_said(tmp_path, make_data, caplog):
     with caplog.at_level(logging.WARNING):
         data.setup()
     assert data.num_truncated == 1
-    assert "1 questions were longer than 120 tokens" in caplog.text
+    assert "1 question(s) were longer than 120 tokens" in caplog.text
     assert data.max_length == 128
 
 

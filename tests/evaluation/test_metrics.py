@@ -217,6 +217,12 @@ def test_collected_predictions_come_back_once_and_in_order(predictions, question
     assert collector.predictions(questions, "test") == []
 
 
+def test_one_question_is_a_split(questions):
+    collector = PredictionCollector()
+    collector.update(torch.zeros(2, 4), torch.tensor([3, -1]))
+    assert [p.id for p in collector.predictions(questions, "val")] == [questions[3].id]
+
+
 def _rank(rank, port, queue):
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2

@@ -157,6 +157,25 @@ def test_a_run_that_cannot_be_read_says_why_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("test", {"accuracy": "x"}, "test.accuracy='x' is no number"),
+        ("val", {"n": True}, "val.n=True is no number"),
+        ("train", "x", "train='x' is no section"),
+        ("wall_seconds", [1], r"wall_seconds=\[1\] is no number"),
+        ("command", 7, "command=7 is no text"),
+    ],
+)
+def test_metrics_of_another_kind_than_the_contract_has_are_damaged(tmp_path, key, value, words):
+    text = json.dumps({"schema_version": 1, "status": "completed", key: value})
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"is damaged .*{words}") as caught:
+        read_run(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert read_runs(tmp_path)[0].damaged
+
+
 def test_a_sweep_hides_no_run(tmp_path):
     for job in (0, 2, 10):
         write_metrics(tmp_path / str(job), {"status": "completed"})

@@ -99,6 +99,16 @@ def test_failed_unlabelled_and_unscored_claim_no_accuracy():
     assert accuracy_text(empty_metrics()["test"]) == "not scored"
 
 
+@pytest.mark.parametrize("error", ["stopped by a signal", None])
+def test_an_interrupted_run_did_not_fail(error):
+    metrics = empty_metrics() | {"status": "interrupted", "error": error}
+    rows = [result_row(RunResult(Path("runs/7"), metrics, None))]
+    for text in (_render(result_table(rows)), result_markdown(rows)):
+        assert "interrupted" in text
+        assert "failed" not in text
+        assert "not scored" not in text
+
+
 def test_markup_in_a_name_is_shown_as_it_is(section):
     assert "[red]r=4[/red]" in _render(result_table([ResultRow("[red]r=4[/red]", section)]))
 

@@ -169,10 +169,14 @@ function showAnswer(answer, options) {
     item.append(line, track);
     bars.append(item);
   }
+  const shortened = answer.shortened
+    ? "The question was too long: the beginning of its stem was not read. "
+    : "";
   find("calibration").textContent =
-    run.temperature === null
+    shortened +
+    (run.temperature === null
       ? "As scored, not calibrated. These are the model's probabilities, not a patient's."
-      : `Calibrated with the run's temperature, ${run.temperature.toFixed(2)}, fitted on its val questions. These are the model's probabilities, not a patient's.`;
+      : `Calibrated with the run's temperature, ${run.temperature.toFixed(2)}, fitted on its val questions. These are the model's probabilities, not a patient's.`);
   find("result").hidden = false;
 }
 
