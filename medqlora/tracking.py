@@ -388,6 +388,14 @@ def _finish_plain(logger: Any, exit_code: int) -> None:
     logger.finalize("success" if exit_code == 0 else "failed")
 
 
+def last_logged(run_dir: Path, key: str) -> float | None:
+    """The last value of a metric in metrics.csv; None where there is none."""
+    with contextlib.suppress(OSError, ValueError), (run_dir / "metrics.csv").open() as file:
+        values = [row[key] for row in csv.DictReader(file) if row.get(key)]
+        return float(values[-1]) if values else None
+    return None
+
+
 def _is_before(text: str | None, step: int) -> bool:
     return text is not None and text.isdecimal() and int(text) < step
 

@@ -57,7 +57,7 @@ from medqlora.runs import (
     sweep_root,
 )
 from medqlora.search import trial_of_this_job
-from medqlora.tracking import check_loggers, finish_loggers, log_result
+from medqlora.tracking import check_loggers, finish_loggers, last_logged, log_result
 
 log = logging.getLogger("medqlora.train")  # under `python -m` the name would be __main__
 
@@ -262,7 +262,10 @@ def _fit_and_score(
         try:
             fit(trainer, module, datamodule, ckpt_path=str(checkpoint) if checkpoint else None)
         finally:
-            record.metrics["train"].update(_train_section(callbacks, trainer))
+            section = _train_section(callbacks, trainer)
+            if "loss" not in section and checkpoint is not None:
+                section["loss"] = last_logged(run_dir, "train/loss")
+            record.metrics["train"].update(section)
         checkpoints = callbacks.get("checkpoints")
         if (
             cfg.select == "best"

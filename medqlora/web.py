@@ -194,7 +194,9 @@ def read_request(body: bytes, max_questions: int) -> tuple[Sequence[Mapping[str,
             413, f"{len(rows)} questions are more than the {max_questions} a request may have."
         )
     return [
-        row if isinstance(row, dict) else f"the row is a {type(row).__name__}, not an object."
+        row
+        if isinstance(row, dict)
+        else f"{row!r:.40} is no question: send an object with question, opa, opb, opc and opd."
         for row in rows
     ], True
 

@@ -49,14 +49,20 @@ def options(tiny_options) -> list[str]:
     ]
 
 
-def start(options: list[str], run_dir: Path) -> subprocess.Popen[str]:
-    """`torchrun --nproc-per-node 2 -m medqlora.train`, in a folder of its own."""
+def start(
+    options: list[str], run_dir: Path | None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node 2 -m medqlora.train`, in a folder of its own or the default."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     verb = ["--nproc-per-node", "2", "-m", "medqlora.train"]
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    place = []
+    if run_dir is not None:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        place = [f"hydra.run.dir={run_dir}"]
+        cwd = cwd or run_dir.parent
     return subprocess.Popen(
-        [*torchrun, *verb, *options, f"hydra.run.dir={run_dir}"],
-        cwd=run_dir.parent,
+        [*torchrun, *verb, *options, *place],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -121,7 +127,7 @@ def test_a_base_that_is_shared_out_stops_resumes_and_ends_as_copies_of_it_do(
 ):
     """FSDP adds up nothing in another order, so the adapter is the same to the bit."""
     options = [*options, "trainer=fsdp", "resume=auto"]
-    run_dir = tmp_path / "day" / "time"
+    run_dir = tmp_path / "runs" / "day" / "time"
     process = start(options, run_dir)
     last = run_dir / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 200
@@ -139,11 +145,11 @@ def test_a_base_that_is_shared_out_stops_resumes_and_ends_as_copies_of_it_do(
     assert "SIGTERM: state saved at step" in stopped["error"]
     assert 0 < stopped["train"]["num_steps"] < metrics_of(two_processes)["train"]["num_steps"]
 
-    process = start(options, tmp_path / "day" / "later")
+    process = start(options, None, tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
     assert "resuming from" in err
-    assert [path.name for path in run_dir.parent.iterdir()] == ["time"]
+    assert [*(tmp_path / "runs").glob("*/*")] == [run_dir]
     assert (run_dir / ADAPTER).read_bytes() == (two_processes / ADAPTER).read_bytes()
     ended, expected = metrics_of(run_dir), metrics_of(two_processes)
     for key in ("num_steps", "num_questions", "fill_fraction"):

@@ -156,6 +156,12 @@ def test_a_run_that_resumes_keeps_the_curve_of_before(tiny_options, tmp_path):
     columns = ["epoch", "step", "train/loss"]  # the speed is of each part
     after = pd.read_csv(run_dir / "metrics.csv")
     pd.testing.assert_frame_equal(after[columns], before[columns])
+    # Stopped behind its last update, it sees no loss when it goes on, and keeps the one it had.
+    again = json.loads((run_dir / "metrics.json").read_text())
+    write_metrics(run_dir, again | {"status": "interrupted"})
+    train(compose("train", words), run_dir)
+    ended = json.loads((run_dir / "metrics.json").read_text())
+    assert ended["train"]["loss"] == again["train"]["loss"] == metrics["train"]["loss"]
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(

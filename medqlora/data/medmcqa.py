@@ -220,7 +220,8 @@ def _check_columns(raw: RawRows, ignore_columns: Collection[str]) -> None:
     missing = [name for name in REQUIRED_COLUMNS if name not in raw.columns]
     if missing:
         raise DataError(
-            f"{raw.source} lacks the column {missing[0]}; it has {', '.join(raw.columns)[:200]}: "
+            f"{raw.source} lacks the column {missing[0]}; it has "
+            f"{', '.join(raw.columns)[:200] or 'none'}: "
             f"name the columns {', '.join(REQUIRED_COLUMNS)}, and cop for the answer."
         )
     if unknown:

@@ -28,6 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     signs = (
         "out of memory",
         "not enough memory",
+        "can't allocate memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",
     )

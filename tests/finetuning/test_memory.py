@@ -73,4 +73,7 @@ def test_what_the_failed_run_held_is_released_first():
 def test_the_libraries_own_words_for_it_are_known():
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(2**55)
+    assert is_out_of_memory(found.value)
     assert not is_out_of_memory(ValueError("out of memory"))
