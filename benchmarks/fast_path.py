@@ -168,7 +168,8 @@ def check(lengths: np.ndarray) -> None:
         {"cuda_graphs": True},
         {"float8": True},
     ):
-        other, others = run(FusedBackbone(model, **options).last_hidden)
+        fast = FusedBackbone(model, **options)
+        other, others = run(lambda b, fast=fast: fast(b, b.last))
         worst = max(relative(others[name], gradients[name]) for name in gradients)
         result = {"options": options, "hidden": relative(other, hidden), "worst_gradient": worst}
         print("RESULT", json.dumps(result), flush=True)
@@ -253,7 +254,7 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
     )
 
     def step(batch: PackedBatch) -> None:
-        loss_of(fast.last_hidden(batch), letters, batch).backward()
+        loss_of(fast(batch, batch.last), letters, batch).backward()
         gather()
         if run.clip:
             nn.utils.clip_grad_norm_(updated, 1.0)
@@ -262,7 +263,7 @@ def measure(model: nn.Module, letters: torch.Tensor, lengths: np.ndarray, run: R
 
     def score(batch: PackedBatch) -> None:
         with torch.no_grad():
-            fast.last_hidden(batch)
+            fast(batch, batch.last)
 
     result: dict[str, Any] = asdict(run)
     if not run.score:

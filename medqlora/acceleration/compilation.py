@@ -9,9 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from medqlora.acceleration.backbone import Checkpointing, find_backbone
-from medqlora.acceleration.folding import adapter_dropout, why_not_fused
-from medqlora.acceleration.fused import disable_fused, enable_fused
+from medqlora.acceleration.backbone import (
+    Checkpointing,
+    RecordedLayers,
+    drops_inputs,
+    find_backbone,
+    run_as,
+)
+from medqlora.acceleration.folding import is_whole, quant_state, why_not_fused
+from medqlora.acceleration.fused import enable_fused
 from medqlora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -20,6 +26,9 @@ CompileMode = Literal["none", "default", "cuda_graphs", "auto"]
 
 CUDA_GRAPHS_UP_TO = 16_384
 """Tokens a row up to which passes are recorded: a busy CPU launches their kernels too late."""
+
+MOST_GRADIENTS = 1 << 30
+"""Bytes of gradients up to which plain layers are recorded: a recorded pass keeps a copy."""
 
 VARIANTS = 128
 """Compiled variants of one function that are kept. The jobs of a sweep share them where adapter and
@@ -32,7 +41,8 @@ class Acceleration:
 
     Attributes:
         compile: "none", "default", "cuda_graphs", or "auto": none on the CPU, where the compiler
-            needs a C++ toolchain; CUDA graphs for short rows and the default for long ones.
+            needs a C++ toolchain, and for LLM.int8; CUDA graphs for short rows of what can be
+            recorded, and the default for others.
         fused: Run layers in 4, 16 or 32 bit with an adapter that can be folded into them through
             the fast path (`fused.FusedBackbone`): "auto" where it can, "on" or an error, "off".
         float8: Multiply in 8-bit floats on the fast path, on CUDA: rounds weights and activations
@@ -154,12 +164,22 @@ def accelerate(
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     mode = options.compile_mode(device, token_budget)
+    if options.compile == "auto" and _counts_outliers(find_backbone(model)):
+        mode = "none"
     if mode != "none":
         _configure_compiler()
     reason = why_not_fused(model) if options.fused != "off" else "acceleration.fused=off"
+    told = [option for option in options.of_fast_path if reason is not None]
+    if told:
+        raise ConfigError(
+            f"acceleration.{told[0]} cannot take effect because {reason}. Leave it out, or change "
+            "that."
+        )
+    if mode == "cuda_graphs" and (obstacle := _why_not_recorded(model, options, reason is None)):
+        if options.compile == "cuda_graphs":
+            raise ConfigError(f"acceleration.compile=cuda_graphs cannot record {obstacle}.")
+        mode = "default"
     if reason is None:
-        if mode == "cuda_graphs" and _draws_again(model, options):
-            mode = "default"
         enable_fused(
             model,
             compile=mode != "none",
@@ -169,41 +189,63 @@ def accelerate(
             dropout_per=options.dropout_per,
         )
         return f"fast path, compile={mode}" + (", float8" if options.float8 else "")
-    if options.of_fast_path:
-        raise ConfigError(
-            f"acceleration.{options.of_fast_path[0]} cannot take effect because {reason}. Leave it "
-            "out, or change that."
-        )
-    disable_fused(model)
     backbone: Any = find_backbone(model)
-    if mode == "cuda_graphs":
-        # As a whole: each call of what is compiled gives the results of the one before it away.
-        backbone.compile(dynamic=False, mode="reduce-overhead")
-    elif mode == "default":
+    if mode != "none":
         # One by one: what is compiled for the first layer serves all, in a fraction of the time.
         for layer in backbone.layers:
             layer.compile(dynamic=False)
+    run_as(model, RecordedLayers(model) if mode == "cuda_graphs" else None)
     return f"plain layers ({reason}), compile={mode}"
 
 
-def _draws_again(model: nn.Module, options: Acceleration) -> bool:
-    """Whether the fast path computes layers again that have to drop what they dropped before.
+def _why_not_recorded(model: nn.Module, options: Acceleration, fused: bool) -> str | None:
+    """Why the passes of a model that learns are not recorded, and what helps.
 
-    That restores the state of the generator, which a recorded pass cannot.
-
-    Raises:
-        ConfigError: If it is to be recorded all the same.
+    Returns:
+        The reason, to follow "cannot record"; None if they can, or if nothing is learned.
     """
-    again = options.gradient_checkpointing and options.dropout_per == "token"
-    if not again or not adapter_dropout(model):
-        return False
-    if options.compile == "cuda_graphs":
-        raise ConfigError(
-            "acceleration.compile=cuda_graphs cannot record layers that are computed again and "
-            "drop other inputs for each token. Set acceleration.dropout_per=row or "
-            "acceleration.compile=auto."
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if not learned:
+        return None
+    if options.gradient_checkpointing and drops_inputs(model):
+        # That restores the state of the generator, which a recorded pass cannot.
+        again = "layers that are computed again and drop other inputs for each token"
+        if not fused:
+            return f"{again}. Set acceleration.compile=auto"
+        if options.dropout_per == "token":
+            return f"{again}. Set acceleration.dropout_per=row or acceleration.compile=auto"
+    if fused:
+        return None
+    if (waits := _what_waits(find_backbone(model))) is not None:
+        return f"{waits}. Set acceleration.compile=auto"
+    if (num_bytes := sum(p.nbytes for p in learned)) > MOST_GRADIENTS:
+        return (
+            f"gradients of {num_bytes / 1e9:.1f} GB, which it would keep twice. Set "
+            "acceleration.compile=auto"
         )
-    return True
+    return None
+
+
+def _what_waits(backbone: Any) -> str | None:
+    """What may wait for the device in the middle of a pass of plain layers, and end a recording."""
+    for module in backbone.layers.modules():
+        of_base = not type(module).__module__.startswith("peft.")
+        linear = of_base and hasattr(module, "in_features")
+        if linear and quant_state(module) is None and not is_whole(module):
+            whole = type(module) is nn.Linear
+            kind = type(module.weight.data if whole else module).__name__
+            return f"{kind}, only weights of 16 bit and 4 bits of bitsandbytes"
+    if getattr(backbone.norm, "base_layer", backbone.norm).weight.dtype == torch.float32:
+        return "attention in float32, which waits for the lengths of questions"
+    return None
+
+
+def _counts_outliers(backbone: Any) -> bool:
+    """Whether layers are in 8 bits of bitsandbytes, which take outliers apart, now 3, now 5.
+
+    Compiled, each number is compiled for: half as fast as not at all (`benchmarks/README.md`).
+    """
+    return any(type(module).__name__ == "Linear8bitLt" for module in backbone.layers.modules())
 
 
 def _configure_compiler() -> None:

@@ -125,7 +125,7 @@ def why_other_layers(model: nn.Module) -> str | None:
     adapters, dtypes = set(), set()
     for name, module in linears(backbone):
         base, state = _base(module), quant_state(module)
-        if (state is None and not _is_whole(base)) or base.bias is not None:
+        if (state is None and not is_whole(base)) or base.bias is not None:
             return f"{name} is stored neither in 4 bits nor in 16 or 32, or has a bias"
         if state is not None and state.nested and state.state2.blocksize != 256:
             return "the block constants are not quantised in blocks of 256"
@@ -212,7 +212,7 @@ def _has_magnitude(adapter: Any) -> bool:
     return type(variant).__name__ == "DoraLinearVariant"
 
 
-def _is_whole(base: Any) -> bool:
+def is_whole(base: Any) -> bool:
     """Whether a layer's weight is an ordinary matrix of 16 or 32 bit."""
     return (
         type(base) is nn.Linear
@@ -273,12 +273,6 @@ def scaling_and_dropout(module: Any) -> tuple[float, float] | None:
     else:
         return None
     return scaling, float(getattr(dropout[_ADAPTER], "p", 0.0))  # Identity has none
-
-
-def adapter_dropout(model: nn.Module) -> float:
-    """Share of its inputs that the adapter of a model drops in training."""
-    found = (scaling_and_dropout(module) for module in find_backbone(model).modules())
-    return max((dropout for _, dropout in filter(None, found)), default=0.0)
 
 
 def read_layer(layer: Any) -> Layer:

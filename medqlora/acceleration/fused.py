@@ -15,7 +15,6 @@ or bfloat16, of any size; there attention is `packed_attention`, and stays outsi
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,11 +28,11 @@ from torch.utils.checkpoint import checkpoint
 
 from medqlora.acceleration.attention import cover_padding, packed_attention
 from medqlora.acceleration.backbone import (
-    FAST_PATH,
     Checkpointing,
     behind,
     find_backbone,
     offloaded,
+    run_as,
 )
 from medqlora.acceleration.folding import (
     Adapter,
@@ -53,7 +52,7 @@ from medqlora.acceleration.folding import (
     why_not_folded,
     without_some_columns,
 )
-from medqlora.acceleration.graphs import RecordedPass, Row
+from medqlora.acceleration.graphs import RecordedPasses, Row
 from medqlora.acceleration.operators import MAX_RANK, matmul
 from medqlora.schema import PackedBatch
 
@@ -112,12 +111,7 @@ def enable_fused(model: nn.Module, **options: Any) -> None:
         model: A model for which `why_not_fused` returns None.
         **options: Arguments of `FusedBackbone`.
     """
-    object.__setattr__(find_backbone(model), FAST_PATH, FusedBackbone(model, **options))
-
-
-def disable_fused(model: nn.Module) -> None:
-    """Send the rows of a model through its plain layers again."""
-    vars(find_backbone(model)).pop(FAST_PATH, None)
+    run_as(model, FusedBackbone(model, **options))
 
 
 class FusedBackbone:
@@ -190,9 +184,7 @@ class FusedBackbone:
         self._run = compiled(decoder_layer)
         self._attend, self._mlp = compiled(attention_block), compiled(mlp_block)
         self._angles: tuple[Tensor, Tensor] | None = None
-        self.cuda_graphs = cuda_graphs
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._graphs: dict[Any, RecordedPass] = {}
+        self._recorded = RecordedPasses(self.forward, model) if cuda_graphs else None
 
     def holds_for(self, model: nn.Module) -> bool:
         """Whether the adapter of a model is still the one that was folded, neither off nor merged.
@@ -209,26 +201,10 @@ class FusedBackbone:
             for module, folded in zip(now, self._folded, strict=True)
         )
 
-    def last_hidden(self, batch: PackedBatch) -> Float[Tensor, "question width"]:
-        """Hidden state of the last prompt token of each question; see `backbone.last_hidden`."""
-        return self._call(batch, batch.last)
-
-    def hidden_states(self, batch: PackedBatch) -> Float[Tensor, "token width"]:
-        """Hidden states of every token of a row; see `backbone.hidden_states`."""
-        return self._call(batch, None)
-
-    def _call(self, batch: PackedBatch, keep: Tensor | None) -> Tensor:
-        row = Row(batch.input_ids, batch.position_ids, batch.cu_seqlens, keep)
-        forward = functools.partial(
-            self.forward, max_length=batch.max_length, prefix_length=batch.prefix_length
-        )
-        if not (self.cuda_graphs and torch.is_grad_enabled() and self._parameters):
-            return forward(row)
-        shapes = tuple(None if t is None else tuple(t.shape) for t in row)
-        kind = shapes, batch.max_length, batch.prefix_length
-        if kind not in self._graphs:
-            self._graphs[kind] = RecordedPass(forward, row, self._parameters)
-        return self._graphs[kind](row)
+    def __call__(self, batch: PackedBatch, keep: Tensor | None) -> Float[Tensor, "kept width"]:
+        """Hidden states of the tokens to keep, or of all with None, after the final norm."""
+        run = self._recorded or self.forward
+        return run(Row.of(batch, keep), batch.max_length, batch.prefix_length)
 
     def forward(
         self, row: Row, max_length: int, prefix_length: int = 0
@@ -312,7 +288,8 @@ class FusedBackbone:
             )
             # In the type that transformers hands to attention.
             self._angles = angles.cos().to(self.sizes.dtype), angles.sin().to(self.sizes.dtype)
-            self._graphs.clear()  # which read the shorter ones
+            if self._recorded is not None:
+                self._recorded.clear()  # which read the shorter ones
         cosine, sine = self._angles
         return cosine[positions], sine[positions]
 

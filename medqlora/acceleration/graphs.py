@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from medqlora.errors import ConfigError
+from medqlora.schema import PackedBatch
+
 BLOCK_BYTES = 4 << 20
 """Size of a block of gradients, or a little more."""
 
@@ -26,6 +29,11 @@ class Row(NamedTuple):
     position_ids: Tensor
     cu_seqlens: Tensor
     keep: Tensor | None
+
+    @classmethod
+    def of(cls, batch: PackedBatch, keep: Tensor | None) -> Row:
+        """Those of a batch."""
+        return cls(batch.input_ids, batch.position_ids, batch.cu_seqlens, keep)
 
 
 @functools.cache
@@ -57,7 +65,7 @@ def one_stream(device: torch.device) -> Iterator[None]:
 
 def gradients_in_blocks(
     out: Tensor, parameters: list[nn.Parameter], grad_out: Tensor
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """`torch.autograd.grad`, those of neighbouring parameters end to end in blocks of some MB.
 
     torch's allocator keeps tensors of up to a MiB apart from all others. Gradients of an adapter
@@ -68,13 +76,16 @@ def gradients_in_blocks(
         out: What is differentiated.
         parameters: Weights of one model on one device, in the order of its layers.
         grad_out: Gradient of `out`.
+
+    Returns:
+        A gradient for each; None where `out` does not depend on it.
     """
     with contextlib.ExitStack() as hooks:
         for members in _neighbours(parameters):
             block = _Block(members)
             for index, p in enumerate(members):
                 hooks.callback(p.register_hook(functools.partial(block.take, index)).remove)
-        return list(torch.autograd.grad(out, parameters, grad_out))
+        return list(torch.autograd.grad(out, parameters, grad_out, allow_unused=True))
 
 
 def _neighbours(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -105,6 +116,40 @@ class _Block:
         return self._places[index].view_as(gradient).copy_(gradient)
 
 
+class RecordedPasses:
+    """The passes of a model that learns, recorded for rows of each shape when the first comes.
+
+    Where nothing is learned they just run.
+
+    Args:
+        forward: `(row, max_length, prefix_length)` to hidden states.
+        model: What learns.
+    """
+
+    def __init__(self, forward: Callable[[Row, int, int], Tensor], model: nn.Module) -> None:
+        self._forward, self._model = forward, model
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._recorded: dict[Any, RecordedPass] = {}
+
+    def __call__(self, row: Row, max_length: int, prefix_length: int) -> Tensor:
+        """What `forward` gives, tied to the gradients of what is learned."""
+        if not (torch.is_grad_enabled() and self._parameters):
+            return self._forward(row, max_length, prefix_length)
+        shapes = tuple(None if t is None else tuple(t.shape) for t in row)
+        kind = shapes, max_length, prefix_length, self._model.training
+        if kind not in self._recorded:
+
+            def forward(row: Row) -> Tensor:
+                return self._forward(row, max_length, prefix_length)
+
+            self._recorded[kind] = RecordedPass(forward, row, self._parameters)
+        return self._recorded[kind](row)
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._recorded.clear()
+
+
 class RecordedPass:
     """A forward and a backward pass recorded as CUDA graphs, replayed for rows of the same shapes.
 
@@ -112,6 +157,9 @@ class RecordedPass:
         forward: What is recorded.
         row: A row with the shapes.
         parameters: Weights whose gradients are wanted.
+
+    Raises:
+        ConfigError: If something in the pass cannot be recorded.
     """
 
     def __init__(
@@ -120,7 +168,6 @@ class RecordedPass:
         row: Row,
         parameters: list[nn.Parameter],
     ) -> None:
-        self.parameters = parameters
         self._row = Row(
             row.input_ids.clone(),
             row.position_ids.clone(),
@@ -136,19 +183,30 @@ class RecordedPass:
             # The data loader may copy the next row from its own thread meanwhile.
             capture_error_mode="thread_local",
         )
+        self.parameters = parameters
         with one_stream(device):
             for _ in range(2):  # compiles, and allocates what is allocated once
                 out = forward(self._row)
-                gradients_in_blocks(out, parameters, torch.zeros_like(out))
-                del out
+                gradients = gradients_in_blocks(out, self.parameters, torch.zeros_like(out))
+                pairs = zip(self.parameters, gradients, strict=True)
+                self.parameters = [p for p, gradient in pairs if gradient is not None]
+                del out, gradients, pairs
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()  # the recorded passes have memory of their own
-            with record(self._forward):
-                self._out = forward(self._row)
-            self._grad_out = torch.zeros_like(self._out)
-            with record(self._backward):
-                gradients = gradients_in_blocks(self._out, parameters, self._grad_out)
-                self._gradients = torch.cat([gradient.flatten() for gradient in gradients])
+            try:
+                with record(self._forward):
+                    self._out = forward(self._row)
+                self._grad_out = torch.zeros_like(self._out)
+                with record(self._backward):
+                    gradients = gradients_in_blocks(self._out, self.parameters, self._grad_out)
+                    self._gradients = torch.cat([g.flatten() for g in gradients if g is not None])
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ConfigError(
+                    "acceleration.compile=cuda_graphs could not record a pass of this model "
+                    f"({str(error).strip().splitlines()[0]}). Set acceleration.compile=default."
+                ) from error
         self._out = self._out.detach()
 
     def __call__(self, row: Row) -> Tensor:

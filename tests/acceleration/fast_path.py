@@ -67,6 +67,7 @@ def adapt(
     compute_dtype: str = "bfloat16",
     block_size: int = 64,
     data_type: str = "nf4",
+    quant_storage: str | None = None,
     method: str = "lora",
     **lora,
 ) -> PeftModel:
@@ -74,6 +75,7 @@ def adapt(
     quant = QuantConfig(data_type, compute_dtype=compute_dtype)
     if data_type == "nf4":
         quant = replace(quant, double_quant=double_quant, block_size=block_size)
+        quant = replace(quant, quant_storage=quant_storage)
     base = load_base(folder, quant, device=device)
     use_packed_attention(base)
     torch.manual_seed(0)

@@ -6,17 +6,21 @@ import copy
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 
 from medqlora.acceleration import (
     Acceleration,
     accelerate,
     find_backbone,
+    graphs,
     hidden_states,
     last_hidden,
     prepare_for_training,
     use_packed_attention,
 )
+from medqlora.acceleration.backbone import RUN_AS, RecordedLayers, run_as
 from medqlora.errors import ConfigError
+from tests.acceleration import fast_path
 
 
 def stock_last_hidden(model, questions):
@@ -225,16 +229,101 @@ def test_plain_layers_are_compiled_as_the_length_of_rows_asks(
 
     asked: list[tuple[object, dict]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append((self, how)))
+    tiny_gemma.bfloat16()
     names = list(tiny_gemma.state_dict())
     told = accelerate(tiny_gemma, Acceleration(compile=compile, fused="off"), "cuda", tokens)
     assert told == f"plain layers (acceleration.fused=off), compile={chosen}"
-    if chosen == "cuda_graphs":
-        assert asked == [(tiny_gemma.model, {"dynamic": False, "mode": "reduce-overhead"})]
-    else:
-        assert asked == [(layer, {"dynamic": False}) for layer in tiny_gemma.model.layers]
-        assert len(asked) > 1
+    assert asked == [(layer, {"dynamic": False}) for layer in tiny_gemma.model.layers]
+    assert len(asked) > 1
+    assert isinstance(getattr(tiny_gemma.model, RUN_AS), RecordedLayers) == (
+        chosen == "cuda_graphs"
+    )
     assert list(tiny_gemma.state_dict()) == names
     assert torch._dynamo.config.recompile_limit >= 64
+
+
+def float32(model):
+    """Where attention lays its questions out as their lengths ask."""
+
+
+def int8(model):
+    model.bfloat16().model.layers[0].mlp.up_proj = Linear8bitLt(32, 64, has_fp16_weights=False)
+
+
+def large(model):
+    model.bfloat16().model.layers[0].mlp.extra = torch.nn.Parameter(
+        torch.empty(1 << 30, dtype=torch.bfloat16, device="meta")
+    )
+
+
+def dropped_again(model):
+    model.bfloat16().model.layers[0].mlp.dropout = torch.nn.Dropout(0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (float32, "attention in float32, which waits for the lengths of questions"),
+        (int8, "Linear8bitLt, only weights of 16 bit and 4 bits of bitsandbytes"),
+        (large, r"gradients of 2.\d GB, which it would keep twice"),
+        (dropped_again, "layers that are computed again and drop other inputs for each token"),
+    ],
+)
+def test_plain_layers_that_cannot_be_recorded_are_not(change, reason, tiny_gemma, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
+    change(tiny_gemma)
+    options = {"fused": "off", "gradient_checkpointing": change is dropped_again}
+    told = accelerate(tiny_gemma, Acceleration(**options), "cuda", 2048)
+    chosen = "none" if change is int8 else "default"  # it is slower compiled
+    assert told == f"plain layers (acceleration.fused=off), compile={chosen}"
+    assert getattr(tiny_gemma.model, RUN_AS) is None
+    with pytest.raises(ConfigError, match=reason) as refused:
+        accelerate(tiny_gemma, Acceleration(compile="cuda_graphs", **options), "cuda", 2048)
+    assert "Set acceleration.compile=auto." in str(refused.value)
+    tiny_gemma.requires_grad_(False)  # nothing to record
+    accelerate(tiny_gemma, Acceleration(compile="cuda_graphs", **options), "cuda", 2048)
+
+
+@pytest.mark.parametrize("method", ["lora", "p_tuning"])
+def test_plain_layers_are_recorded_for_each_shape_while_they_learn(method, tmp_path, monkeypatch):
+    """And run as they are where nothing is learned, or the adapter is switched off."""
+    recorded = []
+
+    class Played:
+        def __init__(self, forward, row, parameters):
+            recorded.append(len(parameters))
+            self.forward = forward
+
+        def __call__(self, row):
+            return self.forward(row)
+
+    monkeypatch.setattr(graphs, "RecordedPass", Played)
+    model = fast_path.adapt(
+        fast_path.save_wide_gemma(tmp_path), "cpu", compute_dtype="float32", method=method
+    )
+    prepare_for_training(model)
+    row, other = fast_path.rows(1, prefix=3)[0], fast_path.rows(1)[0]
+    expected, gradients = fast_path.run(model, row)
+    run_as(model, RecordedLayers(model))
+    for _ in range(2):
+        hidden, others = fast_path.run(model, row)
+    assert torch.equal(hidden, expected)
+    assert all(torch.equal(others[name], gradients[name]) for name in gradients)
+    assert recorded == [len(gradients)]
+    with torch.no_grad():
+        last_hidden(model, other)
+    assert len(recorded) == 1
+    every = hidden_states(model, row)
+    assert len(recorded) == 2
+    torch.testing.assert_close(every[row.last[: row.num_questions]], expected)
+    last_hidden(model, other)
+    last_hidden(model.eval(), other)
+    assert len(recorded) == 4, "dropout, if there were some, is off"
+    if method == "lora":
+        with model.disable_adapter():
+            bare = last_hidden(model, row)[: row.num_questions]
+        assert len(recorded) == 4
+        assert not torch.allclose(bare, expected)
 
 
 def test_threads_are_those_that_were_asked_for(tiny_gemma):

@@ -20,8 +20,10 @@ from medqlora.acceleration import (
     packed_attention,
     prepare_for_training,
 )
+from medqlora.acceleration.backbone import find_backbone
 from medqlora.acceleration.folding import why_not_fused
 from medqlora.acceleration.fused import FusedBackbone
+from medqlora.errors import ConfigError
 from tests.acceleration import fast_path
 from tests.acceleration.fast_path import BUDGET, distance, relative, run
 
@@ -48,6 +50,16 @@ FAST = {
         "fused": "off",
         "compile": "default",
         "gradient_checkpointing": True,
+    },
+    "plain_layers_cuda_graphs": {
+        "fused": "off",
+        "compile": "cuda_graphs",
+        "gradient_checkpointing": True,
+    },
+    "plain_mlp_cuda_graphs": {
+        "fused": "off",
+        "compile": "cuda_graphs",
+        "gradient_checkpointing": "mlp",
     },
     "plain_mlp": {**PLAIN, "gradient_checkpointing": "mlp"},
     "plain_offload": {**PLAIN, "gradient_checkpointing": "offload"},
@@ -131,9 +143,13 @@ def test_other_adapters_and_whole_weights_in_8_bit_floats(folder, method, data_t
 
 
 @pytest.mark.parametrize(
-    ("method", "data_type"), [("lora", "int8"), ("oft", "nf4"), ("p_tuning", "nf4")]
+    ("method", "data_type", "name"),
+    [
+        ("lora", "int8", "plain_compiled"),
+        *((method, "nf4", "plain_compiled") for method in fast_path.OTHERS),
+        *((method, "nf4", "plain_cuda_graphs") for method in fast_path.OTHERS),
+    ],
 )
-@pytest.mark.parametrize("name", ["plain_compiled", "plain_cuda_graphs"])
 def test_what_the_fast_path_does_not_take_is_compiled_to_the_same(folder, method, data_type, name):
     """Behind shared tokens, in learning and where nothing is learned."""
     row = rows(1, prefix=3)[0]
@@ -159,6 +175,19 @@ def test_of_every_token_they_are_those_of_plain_layers_as_well(adapted, name):
         hidden, others = run(model, row, lambda m, r: hidden_states(m, r).index_select(0, r.last))
     assert relative(hidden, expected) < 0.03
     assert max(relative(others[n], gradients[n]) for n in gradients) < 0.06
+
+
+@pytest.mark.parametrize("options", ["eager", "cuda_graphs"])
+def test_codes_kept_in_the_type_of_other_weights_are_the_same_codes(folder, options):
+    """As quant=nf4_fsdp keeps them."""
+    row = rows(1)[0]
+    found = []
+    for storage in (None, "bfloat16"):
+        model = fast_path.adapt(folder, "cuda", quant_storage=storage)
+        found.append(run(set_up(model, FAST[options]), row))
+    (hidden, gradients), (again, others) = found
+    assert torch.equal(again, hidden)
+    assert max(relative(others[n], gradients[n]) for n in gradients) < 1e-3
 
 
 @pytest.mark.parametrize("rank", [4, 12, 128])
@@ -246,10 +275,11 @@ def test_a_recorded_pass_takes_no_more_memory_than_the_pass(adapted):
     assert peak(FAST["cuda_graphs"]) < 1.3 * peak(FAST["compiled"])
 
 
-def test_recorded_gradients_add_up_and_stay(adapted):
+@pytest.mark.parametrize("name", ["cuda_graphs", "plain_cuda_graphs"])
+def test_recorded_gradients_add_up_and_stay(adapted, name):
     """They lie in the memory of the graph, where the next pass writes: it must not lose them."""
     window = [*rows(2), *rows(1)]
-    model = set_up(adapted, FAST["cuda_graphs"])
+    model = set_up(adapted, FAST[name])
     separate = [run(model, row)[1] for row in window]
     model.zero_grad()
     for row in window:
@@ -260,6 +290,15 @@ def test_recorded_gradients_add_up_and_stay(adapted):
         if p.requires_grad:
             expected = sum(gradients[name].double() for gradients in separate)
             assert relative(p.grad, expected) < 1e-5, name
+
+
+def test_what_cannot_be_recorded_is_told_in_a_line(adapted):
+    model = set_up(adapted, FAST["plain_cuda_graphs"])
+    find_backbone(model).norm.register_forward_hook(lambda _, args, out: out * out.max().item())
+    with pytest.raises(ConfigError, match=r"^acceleration.compile=cuda_graphs could not record"):
+        last_hidden(model, rows(1)[0])
+    other = set_up(adapted, FAST["plain_compiled"])
+    assert torch.isfinite(last_hidden(other, rows(1)[0])).all()
 
 
 def test_computing_again_takes_less_memory(adapted):
