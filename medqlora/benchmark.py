@@ -31,7 +31,7 @@ from medqlora.budget import optimizer_of, random_row, take_updates
 from medqlora.config import CONFIG_DIR
 from medqlora.data import MedMCQADataModule
 from medqlora.entry import command, one_line
-from medqlora.errors import ConfigError, MedQLoRAError, ModelError
+from medqlora.errors import ConfigError, MedQLoRAError, ModelError, is_out_of_memory
 from medqlora.evaluation import Comparison, hardware, read_predictions, versions
 from medqlora.evaluation.results import replace_file
 from medqlora.evaluation.statistics import compare_family
@@ -47,7 +47,6 @@ from medqlora.evaluation.tables import (
 )
 from medqlora.finetuning import (
     MCQAModule,
-    is_out_of_memory,
     load_adapter,
     merge_adapter,
 )

@@ -21,9 +21,9 @@ from medqlora.acceleration import one_stream
 from medqlora.acceleration.backbone import Checkpointing
 from medqlora.acceleration.folding import LINEARS
 from medqlora.acceleration.memory import KNOWN_SHAPES, estimate_training_memory
-from medqlora.errors import ConfigError, ModelError
+from medqlora.errors import ConfigError, ModelError, is_out_of_memory
 from medqlora.evaluation import hardware, versions
-from medqlora.finetuning import MCQAModule, is_out_of_memory
+from medqlora.finetuning import MCQAModule
 from medqlora.hub import resolve_path
 from medqlora.quantization import Checkpoint
 from medqlora.runs import free_memory, resolved
@@ -46,6 +46,11 @@ _FOLDED = (
     "LoraConfig", "AdaLoraConfig", "VeraConfig", "IA3Config", "LNTuningConfig",
     "PromptTuningConfig", "no_adapter",
 )  # fmt: skip
+_STATE_BYTES = {
+    "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "lion_8bit": 1.0, "muon": 4.0, "adafactor": 0.0,
+}  # fmt: skip
+"""Bytes of state a trained weight, by the optimiser's name; of others those of Adam in float32."""
+
 _DECIDES = ("model", "quant", "peft", "optimizer", "loss", "acceleration", "prompt")
 
 
@@ -144,6 +149,7 @@ def estimated_peak(
         "int8": 8.0,
         "nf4": 4.127 if quant.embedding_double_quant else 4.5,
     }[quant.embedding]
+    optimizer = str((cfg.get("optimizer") or {}).get("_target_", "adamw_8bit"))
     acceleration = cfg.get("acceleration") or {}
     fused = (
         torch.cuda.is_available()
@@ -159,6 +165,7 @@ def estimated_peak(
         embedding_bits=embedding,
         r=rank,
         targets=targets if rank else (),
+        optimizer_bytes=_STATE_BYTES.get(optimizer.rpartition(".")[2], 8.0),
         compute_bytes=quant.torch_dtype.itemsize,
         gradient_checkpointing=gradient_checkpointing,
         fused=fused,
@@ -255,7 +262,7 @@ class _Trial:
         pipeline.accelerate_for(self.cfg, module.model, budget)
         device = module.letter_rows.device
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            free_memory()  # also what the last length has recorded
             torch.cuda.reset_peak_memory_stats(device)
         row = random_row(budget, int(module.letter_ids.min()) + 1).to(device)
         take_updates(module, optimizer, row, 2)

@@ -65,3 +65,18 @@ class RunPruned(Exception):
             f"pruned after {step} updates: {metric} {value:.4f} is worse than that of other trials"
         )
         self.metric, self.value, self.step = metric, value, step
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device has no memory left."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be there
+        return True
+    text = str(error)
+    signs = (
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

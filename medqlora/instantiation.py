@@ -73,6 +73,9 @@ GROUPS = (
 _MADE = ("data", "prompt", "quant", "optimizer", "scheduler", "loss", "acceleration")
 """Those that make one object, and so cannot be empty."""
 
+AVERAGES = ("EMAWeightAveraging", "WeightAveraging", "StochasticWeightAveraging")
+"""Callbacks of Lightning that average all weights."""
+
 WATCHED = {
     "val/accuracy": "max",
     "val/macro_accuracy": "max",
@@ -217,7 +220,16 @@ def check(cfg: Config) -> None:
 
 
 def _check_watched(cfg: Config) -> None:
-    """Refuse a callback that waits for a number that is never logged, or keeps the worst."""
+    """Refuse a callback that waits for a number that is never logged, keeps the worst, or averages.
+
+    Lightning's averages are of all weights, packed codes included, and are not what is written.
+    """
+    for name, node in cfg["callbacks"].items():
+        if str((node or {}).get("_target_")).rpartition(".")[2] in AVERAGES:
+            raise ConfigError(
+                f"callbacks.{name} would average the 4-bit codes of the base like numbers, and its "
+                f"average is no adapter that is written. Set callbacks.{name}=null."
+            )
     for name in ("checkpoints", "early_stopping"):
         node = cfg["callbacks"].get(name) or {}
         monitor, mode = node.get("monitor"), node.get("mode")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import time
@@ -438,8 +439,15 @@ def score(cfg: Config, module: MCQAModule, datamodule: MedMCQADataModule, split:
         use_distributed_sampler=False,
     )
     loader = datamodule.loader(split)
+    module.to(device)
+    if module.loss is not None:
+        # Lightning has moved it in between: what reads its weights, and what was recorded, is of a
+        # copy that is not needed.
+        accelerate_for(cfg, module.model, datamodule.eval_token_budget)
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing without CUDA
     if device.type == "cuda":
-        _score_first(module.to(device), loader)
+        _score_first(module, loader)
         torch.cuda.reset_peak_memory_stats(device)
     trainer.test(module, dataloaders=loader, verbose=False)
     seconds = clock.seconds

@@ -94,6 +94,11 @@ def test_rows_that_cannot_fit_are_refused_before_anything_is_loaded(gpu_of, capl
         (["peft=lora_attention"], {"targets": ("q_proj", "v_proj")}),
         (["peft=oft"], {"r": 0, "targets": (), "fused": False}),
         (["quant=none", "peft=full"], {"trains_base": True, "fused": False}),
+        (
+            ["quant=none", "peft=full", "optimizer=adamw"],
+            {"trains_base": True, "fused": False, "optimizer_bytes": 8},
+        ),
+        (["optimizer=adafactor"], {"optimizer_bytes": 0}),
         (["quant=none"], {"weight_bits": 16}),
         (["quant=int8"], {"weight_bits": 8 + 16 / 2048, "fused": False}),
         (["quant=nf4_full"], {"embedding_bits": 4.127}),

@@ -61,6 +61,15 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("average", instantiation.AVERAGES)
+def test_averages_of_all_weights_are_refused(average):
+    """They would be of packed codes, too, and not of what is written."""
+    command, given = BASE
+    target = f"+callbacks.ema._target_=lightning.pytorch.callbacks.{average}"
+    with pytest.raises(ConfigError, match=r"^callbacks.ema would average the 4-bit codes"):
+        instantiation.check(compose(command, [*given, target]))
+
+
 @pytest.mark.parametrize(("override", "words"), WRONG, ids=[override for override, _ in WRONG])
 def test_a_value_that_does_not_fit_is_refused_before_anything_is_read(override, words):
     command, given = BASE

@@ -129,10 +129,11 @@ class RecordedLayers:
     """Plain layers whose passes are recorded as CUDA graphs while they learn.
 
     Args:
-        model: A model for which `why_not_recorded` returns None.
+        model: What learns, in 16 bit.
+        demanded: Whether a pass that cannot be recorded is an error; it just runs if not.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, demanded: bool) -> None:
         adapters = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
         self._adapter: Any = next(adapters, None)
         self._active = list(self._adapter.active_adapters) if self._adapter is not None else []
@@ -140,11 +141,14 @@ class RecordedLayers:
         device = next(model.parameters()).device
         for name, of_prompt in tokens.items():
             tokens[name] = of_prompt.to(device)  # peft would copy them in each pass
-        self._passes = RecordedPasses(partial(_plain_layers, model), model)
+        forward = partial(_plain_layers, model)
+        self._passes = RecordedPasses(forward, model, demanded=demanded)
 
     def holds_for(self, model: nn.Module) -> bool:
         """Whether the adapter is as it was; looked up in one layer: peft changes them together."""
         adapter = self._adapter
+        if getattr(model, "_adapters_disabled", False):
+            return False
         return adapter is None or (
             list(adapter.active_adapters) == self._active
             and not (adapter.disable_adapters or adapter.merged)
@@ -166,7 +170,8 @@ def behind(
 def _virtual_tokens(model: nn.Module) -> Float[Tensor, "virtual width"] | None:
     """Learned embeddings that go before every question, if the adapter has any."""
     config = getattr(model, "active_peft_config", None)
-    if config is None or not config.is_prompt_learning:
+    disabled = getattr(model, "_adapters_disabled", False)  # as in `PeftModel.disable_adapter`
+    if config is None or not config.is_prompt_learning or disabled:
         return None
     return cast(PeftModel, model).get_prompt(batch_size=1)[0]  # type: ignore[index]
 

@@ -194,7 +194,8 @@ def accelerate(
         # One by one: what is compiled for the first layer serves all, in a fraction of the time.
         for layer in backbone.layers:
             layer.compile(dynamic=False)
-    run_as(model, RecordedLayers(model) if mode == "cuda_graphs" else None)
+    demanded = options.compile == "cuda_graphs"
+    run_as(model, RecordedLayers(model, demanded=demanded) if mode == "cuda_graphs" else None)
     return f"plain layers ({reason}), compile={mode}"
 
 
@@ -229,11 +230,14 @@ def _why_not_recorded(model: nn.Module, options: Acceleration, fused: bool) -> s
 def _what_waits(backbone: Any) -> str | None:
     """What may wait for the device in the middle of a pass of plain layers, and end a recording."""
     for module in backbone.layers.modules():
+        kind = type(module).__name__
+        if "Dropout" in kind and not isinstance(module, nn.Dropout) and getattr(module, "p", 0) > 0:
+            return f"{kind}, which draws on the CPU"
         of_base = not type(module).__module__.startswith("peft.")
         linear = of_base and hasattr(module, "in_features")
         if linear and quant_state(module) is None and not is_whole(module):
-            whole = type(module) is nn.Linear
-            kind = type(module.weight.data if whole else module).__name__
+            if type(module) is nn.Linear:
+                kind = type(module.weight.data).__name__
             return f"{kind}, only weights of 16 bit and 4 bits of bitsandbytes"
     if getattr(backbone.norm, "base_layer", backbone.norm).weight.dtype == torch.float32:
         return "attention in float32, which waits for the lengths of questions"

@@ -32,6 +32,9 @@ from medqlora.acceleration.backbone import find_backbone
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+HEAD_DIMS = (16, 32, 64, 128, 256)
+"""Widths of a head that the kernels multiply."""
+
 _ADAPTER = "default"
 _FOLDED = (LoraLayer, VeraLayer, IA3Layer, LNTuningLayer)
 _TRAINED = (".lora_", ".vera_lambda_", ".ia3_l.", ".ln_tuning_layers.")
@@ -155,6 +158,8 @@ def why_other_layers(model: nn.Module) -> str | None:
 
 def learns_prompt(model: nn.Module) -> bool:
     """Whether learned embeddings go before every question, of whatever kind."""
+    if getattr(model, "_adapters_disabled", False):  # as in `PeftModel.disable_adapter`
+        return False
     config = getattr(model, "active_peft_config", None)
     return config is not None and config.is_prompt_learning
 
@@ -175,7 +180,10 @@ def virtual_tokens(model: nn.Module) -> Tensor | None:
 
 def why_no_kernels(model: nn.Module) -> str | None:
     """Why the kernels for CUDA do not take the layers of a model that the fast path computes."""
-    for name, module in linears(find_backbone(model)):
+    backbone: Any = find_backbone(model)
+    if backbone.config.head_dim not in HEAD_DIMS:
+        return f"its heads are {backbone.config.head_dim} wide, not a power of two from 16 to 256"
+    for name, module in linears(backbone):
         base, state = _base(module), quant_state(module)
         if compute_dtype(module) != torch.bfloat16 or (state and state.blocksize > 128):
             return "it computes in bfloat16 with blocks of at most 128 weights"

@@ -408,6 +408,11 @@ def geglu(
         slope = 2 * math.sqrt(2 / math.pi)
         share = torch.addcmul(gate.new_full((), slope), gate, gate, value=0.044715 * slope)
         return share.mul_(gate).sigmoid_().mul_(gate).mul_(up)
+    if gate.device.type == "cpu" and torch.compiler.is_compiling() and approximate == "tanh":
+        slope = 2 * math.sqrt(2 / math.pi)
+        wide = gate.float()
+        share = torch.sigmoid(wide * (slope + 0.044715 * slope * wide * wide))
+        return (wide * share).to(gate.dtype) * up
     return F.gelu(gate, approximate=approximate) * up
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from medqlora.errors import ConfigError
+from medqlora.errors import ConfigError, TrainingError, is_out_of_memory
 from medqlora.schema import PackedBatch
+
+log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 4 << 20
 """Size of a block of gradients, or a little more."""
@@ -124,10 +127,17 @@ class RecordedPasses:
     Args:
         forward: `(row, max_length, prefix_length)` to hidden states.
         model: What learns.
+        demanded: Whether a pass that cannot be recorded is an error; it just runs if not.
     """
 
-    def __init__(self, forward: Callable[[Row, int, int], Tensor], model: nn.Module) -> None:
-        self._forward, self._model = forward, model
+    def __init__(
+        self,
+        forward: Callable[[Row, int, int], Tensor],
+        model: nn.Module,
+        *,
+        demanded: bool = True,
+    ) -> None:
+        self._forward, self._model, self._demanded = forward, model, demanded
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._recorded: dict[Any, RecordedPass] = {}
 
@@ -142,7 +152,14 @@ class RecordedPasses:
             def forward(row: Row) -> Tensor:
                 return self._forward(row, max_length, prefix_length)
 
-            self._recorded[kind] = RecordedPass(forward, row, self._parameters)
+            try:
+                self._recorded[kind] = RecordedPass(forward, row, self._parameters)
+            except ConfigError as error:
+                if self._demanded:
+                    raise
+                log.warning("%s Until then its kernels are launched one by one.", error)
+                self._parameters = []
+                return self._forward(row, max_length, prefix_length)
         return self._recorded[kind](row)
 
     def clear(self) -> None:
@@ -185,12 +202,14 @@ class RecordedPass:
         )
         self.parameters = parameters
         with one_stream(device):
-            for _ in range(2):  # compiles, and allocates what is allocated once
-                out = forward(self._row)
-                gradients = gradients_in_blocks(out, self.parameters, torch.zeros_like(out))
-                pairs = zip(self.parameters, gradients, strict=True)
-                self.parameters = [p for p, gradient in pairs if gradient is not None]
-                del out, gradients, pairs
+            # What is dropped afterwards does not depend on whether this pass was recorded before.
+            with torch.random.fork_rng([device]):
+                for _ in range(2):  # compiles, and allocates what is allocated once
+                    out = forward(self._row)
+                    gradients = gradients_in_blocks(out, self.parameters, torch.zeros_like(out))
+                    pairs = zip(self.parameters, gradients, strict=True)
+                    self.parameters = [p for p, gradient in pairs if gradient is not None]
+                    del out, gradients, pairs
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()  # the recorded passes have memory of their own
             try:
@@ -200,14 +219,16 @@ class RecordedPass:
                 with record(self._backward):
                     gradients = gradients_in_blocks(self._out, self.parameters, self._grad_out)
                     self._gradients = torch.cat([g.flatten() for g in gradients if g is not None])
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                for told in (error, error.__context__):
+                    if told is not None and is_out_of_memory(told):
+                        raise torch.OutOfMemoryError(str(told)) from error
                 raise ConfigError(
                     "acceleration.compile=cuda_graphs could not record a pass of this model "
                     f"({str(error).strip().splitlines()[0]}). Set acceleration.compile=default."
                 ) from error
         self._out = self._out.detach()
+        self.number = 0
 
     def __call__(self, row: Row) -> Tensor:
         """What `forward` gives for a row, tied to the gradients of the parameters."""
@@ -227,6 +248,7 @@ class RecordedPass:
             if p.grad is not None and p.grad.untyped_storage().data_ptr() == place:
                 p.grad = p.grad.clone()
         self._forward.replay()
+        self.number += 1
         return self._out.clone()
 
     def replay_backward(self, grad_out: Tensor) -> list[Tensor]:
@@ -243,8 +265,15 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: RecordedPass, *parameters: Tensor) -> Tensor:
         ctx.graph = graph
-        return graph.replay_forward()
+        out = graph.replay_forward()
+        ctx.number = graph.number
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.number != ctx.graph.number:
+            raise TrainingError(
+                "a recorded pass ran again before its backward pass, which reads what the last one "
+                "left. Set acceleration.compile=default."
+            )
         return None, *ctx.graph.replay_backward(grads[0])

@@ -32,7 +32,7 @@ from medqlora.finetuning.checkpoints import (
     token_budget_of,
 )
 from medqlora.finetuning.losses import ChoiceLoss, ExplanationLoss, Loss, TokenLoss
-from medqlora.finetuning.memory import OutOfMemory, fit_in_memory, is_out_of_memory
+from medqlora.finetuning.memory import OutOfMemory, fit_in_memory
 from medqlora.finetuning.module import MCQAModule
 from medqlora.finetuning.parallel import AdapterParallel
 from medqlora.finetuning.report import ValidationReport, scored_after
@@ -72,7 +72,6 @@ __all__ = [
     "find_resumable",
     "fit",
     "fit_in_memory",
-    "is_out_of_memory",
     "load_adapter",
     "load_trained_weights",
     "low_rank_singular_values",

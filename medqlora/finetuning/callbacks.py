@@ -21,9 +21,9 @@ from torch import Tensor
 
 from medqlora import processes
 from medqlora.acceleration import one_stream
-from medqlora.errors import RunPruned, TrainingError
+from medqlora.errors import RunPruned, TrainingError, is_out_of_memory
 from medqlora.finetuning.checkpoints import RunCheckpoints, between_updates, validates_now
-from medqlora.finetuning.memory import OutOfMemory, is_out_of_memory
+from medqlora.finetuning.memory import OutOfMemory
 from medqlora.schema import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -350,12 +350,12 @@ class GradientGuard(Callback):
         self._checked = False
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look once.
+        """Look once, behind the first row with answers.
 
         Raises:
             TrainingError: If a tensor was not reached.
         """
-        if not self._checked:
+        if not self._checked and int(getattr(pl_module, "window_count", 1)):
             self._checked = True
             check_gradients(pl_module)
 

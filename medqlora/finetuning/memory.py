@@ -20,21 +20,6 @@ class OutOfMemory(TrainingError):
     """Training ran out of the device's memory."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    signs = (
-        "out of memory",
-        "not enough memory",
-        "can't allocate memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDNN_STATUS_ALLOC_FAILED",
-    )
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-
-
 def fit_in_memory(
     run: Callable[[int, int], Result],
     token_budget: int,

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from bitsandbytes.nn import Linear8bitLt
+from peft.tuners.oft.layer import MultiplicativeDropoutLayer
 
 from medqlora.acceleration import (
     Acceleration,
@@ -256,6 +257,10 @@ def large(model):
     )
 
 
+def drawn_on_the_cpu(model):
+    model.bfloat16().model.layers[0].mlp.dropout = MultiplicativeDropoutLayer(0.1)
+
+
 def dropped_again(model):
     model.bfloat16().model.layers[0].mlp.dropout = torch.nn.Dropout(0.1)
 
@@ -266,6 +271,7 @@ def dropped_again(model):
         (float32, "attention in float32, which waits for the lengths of questions"),
         (int8, "Linear8bitLt, only weights of 16 bit and 4 bits of bitsandbytes"),
         (large, r"gradients of 2.\d GB, which it would keep twice"),
+        (drawn_on_the_cpu, "MultiplicativeDropoutLayer, which draws on the CPU"),
         (dropped_again, "layers that are computed again and drop other inputs for each token"),
     ],
 )
@@ -304,7 +310,7 @@ def test_plain_layers_are_recorded_for_each_shape_while_they_learn(method, tmp_p
     prepare_for_training(model)
     row, other = fast_path.rows(1, prefix=3)[0], fast_path.rows(1)[0]
     expected, gradients = fast_path.run(model, row)
-    run_as(model, RecordedLayers(model))
+    run_as(model, RecordedLayers(model, demanded=True))
     for _ in range(2):
         hidden, others = fast_path.run(model, row)
     assert torch.equal(hidden, expected)
@@ -319,11 +325,14 @@ def test_plain_layers_are_recorded_for_each_shape_while_they_learn(method, tmp_p
     last_hidden(model, other)
     last_hidden(model.eval(), other)
     assert len(recorded) == 4, "dropout, if there were some, is off"
-    if method == "lora":
-        with model.disable_adapter():
-            bare = last_hidden(model, row)[: row.num_questions]
-        assert len(recorded) == 4
-        assert not torch.allclose(bare, expected)
+    with model.disable_adapter():
+        bare = last_hidden(model, row)[: row.num_questions]
+    assert len(recorded) == 4
+    run_as(model, None)
+    assert torch.equal(bare, last_hidden(model.get_base_model(), row)[: row.num_questions]) == (
+        method == "p_tuning"
+    )
+    assert not torch.allclose(bare, expected)
 
 
 def test_threads_are_those_that_were_asked_for(tiny_gemma):

@@ -405,7 +405,24 @@ def test_a_pass_that_draws_again_what_it_drops_is_not_recorded(adapted):
     assert chosen() == "fast path, compile=cuda_graphs"
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_without_its_adapter_a_model_with_learned_tokens_is_its_base(folder, fused):
+    row = rows(1, prefix=3)[0]
+    model = adapt(folder, "cpu", compute_dtype="float32", method="prompt_tuning")
+    model = set_up(model, fused=fused)
+    with torch.no_grad():
+        learned = last_hidden(model, row)
+        with model.disable_adapter():
+            bare = last_hidden(model, row)
+        disable = last_hidden(model.get_base_model(), row)
+    assert torch.equal(bare, disable)
+    assert relative(learned, bare) > 0.01
+
+
 def test_sizes_that_its_kernels_do_not_take_are_told(tmp_path):
+    narrow = save_gemma(tmp_path / "narrow", hidden_size=128, head_dim=96)
+    base = load_base(str(narrow), QuantConfig("nf4"), device="cpu")
+    assert why_no_kernels(base) == "its heads are 96 wide, not a power of two from 16 to 256"
     sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 256}
     base = load_base(str(save_gemma(tmp_path, **sizes)), QuantConfig("nf4"), device="cpu")
     assert why_no_kernels(base) == "q_proj is 192 x 192, not a multiple of 64 x 128"

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from medqlora.acceleration import graphs
 from medqlora.acceleration.graphs import gradients_in_blocks
+from medqlora.errors import ConfigError, TrainingError, is_out_of_memory
 
 
 def test_gradients_lie_in_blocks_and_are_the_same():
@@ -28,3 +34,91 @@ def test_gradients_lie_in_blocks_and_are_the_same():
     assert [n >> 20 for n in blocks.values()] == [3, 0, 4, 0]
     assert sum(blocks.values()) == sum(p.nbytes for p in parameters)
     assert not any(p._backward_hooks for p in parameters)
+
+
+ROW = graphs.Row(torch.arange(4), torch.arange(4), torch.tensor([0, 4]), None)
+
+
+class Weighted(torch.nn.Module):
+    """Gives its input times a weight of which some was dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, row, max_length, prefix_length):
+        return torch.nn.functional.dropout(row.input_ids * self.weight, 0.5)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """CUDA graphs that record nothing, or end with an error; the generator of the CPU."""
+    errors: list[BaseException] = []
+
+    @contextlib.contextmanager
+    def record(graph, **options):
+        yield
+        if errors:
+            raise errors[0]
+
+    forked = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked([]))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(graphs, "_stream", lambda device: None)
+    return errors
+
+
+def test_what_is_tried_before_recording_draws_nothing(recording, monkeypatch):
+    """So that a run that goes on, and records again, drops what it would have dropped."""
+    model, drawn = Weighted(), []
+
+    def forward(row):
+        drawn.append(torch.get_rng_state())
+        return model(row, 4, 0)
+
+    before = torch.get_rng_state()
+    graphs.RecordedPass(forward, ROW, [model.weight])
+    assert len(drawn) == 3
+    assert torch.equal(drawn[-1], before)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("Cannot copy while a stream is capturing\nat ..."), ConfigError),
+        (RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), torch.OutOfMemoryError),
+    ],
+)
+def test_why_a_pass_was_not_recorded_is_told(recording, error, kind):
+    """Where memory ran out, shorter rows help."""
+    recording.append(error)
+    model = Weighted()
+    with pytest.raises(kind) as told:
+        graphs.RecordedPasses(model, model)(ROW, 4, 0)
+    assert "\n" not in str(told.value)
+    assert is_out_of_memory(told.value) == (kind is torch.OutOfMemoryError)
+
+
+def test_a_pass_that_cannot_be_recorded_runs_where_that_was_not_demanded(recording, caplog):
+    recording.append(RuntimeError("Cannot copy while a stream is capturing"))
+    model = Weighted()
+    passes = graphs.RecordedPasses(model, model, demanded=False)
+    for _ in range(2):
+        assert passes(ROW, 4, 0).grad_fn is not None
+    assert caplog.text.count("could not record a pass of this model (Cannot copy") == 1
+
+
+def test_a_pass_that_ran_again_before_its_backward_pass_is_refused(recording, monkeypatch):
+    """Its gradients would be those of the second row, or of a mixture."""
+    model = Weighted()
+    recorded = graphs.RecordedPass(lambda row: model(row, 4, 0), ROW, [model.weight])
+    recorded._forward = recorded._backward = SimpleNamespace(replay=lambda: None)
+    recorded(ROW).sum().backward()
+    first, second = recorded(ROW), recorded(ROW)
+    second.sum().backward()
+    with pytest.raises(TrainingError, match="ran again before its backward pass"):
+        first.sum().backward()

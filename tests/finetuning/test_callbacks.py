@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from medqlora.finetuning import (
     fit,
 )
 from medqlora.finetuning.callbacks import check_gradients
+from medqlora.schema import IGNORE
 from tests.finetuning.conftest import Loader, Rows
 
 
@@ -181,6 +183,21 @@ def test_gradients_are_looked_at_once(make_module, make_trainer, rows):
     trainer = make_trainer(max_steps=3, callbacks=[Zero(), GradientGuard()])
     trainer.fit(make_module(), Rows(rows))
     assert trainer.global_step == 3
+
+
+def test_gradients_are_looked_at_behind_a_row_with_answers(make_module, make_trainer, rows):
+    """A process that got none has zeros only, and the others wait for it."""
+    empty = dataclasses.replace(rows[0], answer=torch.full_like(rows[0].answer, IGNORE))
+
+    class Looked(GradientGuard):
+        def on_after_backward(self, trainer, pl_module):
+            super().on_after_backward(trainer, pl_module)
+            found.append(self._checked)
+
+    found: list[bool] = []
+    for row in (empty, rows[0]):
+        make_trainer(max_steps=1, callbacks=[Looked()]).fit(make_module(), Rows([row]))
+    assert found == [False, True]
 
 
 def test_a_second_signal_stops_at_once(make_module, make_trainer, rows):

@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from medqlora.errors import TrainingError
-from medqlora.finetuning.memory import OutOfMemory, fit_in_memory, is_out_of_memory
+from medqlora.errors import TrainingError, is_out_of_memory
+from medqlora.finetuning.memory import OutOfMemory, fit_in_memory
 
 
 def device_of(tokens: int):
