@@ -52,6 +52,7 @@ MEANINGS = {
     "invalid_field": "a field is neither text nor number",
     "invalid_label": "the label names no option",
     "mixed_label_base": "labels count from 0 and from 1",
+    "unknown_label_base": "labels may count from 0 or from 1",
     "mixed_options": "some rows have five options, others four",
 }
 
@@ -171,7 +172,7 @@ def _letters_table(summary: Mapping[str, Any], splits: Mapping[str, Any]) -> Tab
     letters = list(summary["letter_counts"])
     rows = []
     for split, part in (*splits.items(), ("all", summary)):
-        if not part["num_labelled"]:
+        if part["majority_letter"] is None:
             continue
         number = part["letter_counts"][part["majority_letter"]]
         low, high = wilson_interval(number, part["num_labelled"])

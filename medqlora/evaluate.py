@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +45,7 @@ from medqlora.evaluation.generation import (
     unpack,
     write_replies,
 )
-from medqlora.evaluation.results import RunResult
+from medqlora.evaluation.results import CONFIG_FILE, RunResult
 from medqlora.evaluation.sections import (
     BASE_NLL,
     calibration_section,
@@ -78,7 +78,7 @@ from medqlora.runs import (
     score_into,
     section_key,
 )
-from medqlora.schema import LETTERS
+from medqlora.schema import LETTERS, Question
 
 log = logging.getLogger("medqlora.evaluate")  # under `python -m` the name would be __main__
 
@@ -86,6 +86,14 @@ _FROM_RUN = ("data", "prompt", "model", "quant", "peft", "seed")
 _SPLITS = ("train", "val", "test")
 _MODES = ("score", "generate")
 _CALIBRATE = ("auto", "val", "none")
+_ASKED = ("prompt", "model", "data.max_length")
+"""Keys that must be equal for two scores to differ by storage and adapter alone."""
+
+_CUT = (
+    *("data.hub", "data.revision", "data.train_file", "data.val_file", "data.test_file"),
+    *("data.splits", "data.num_val", "data.num_test", "data.drop", "seed"),
+)
+"""Keys that decide which split a question is in."""
 
 
 def evaluate(cfg: DictConfig, run_dir: Path) -> Path:
@@ -104,12 +112,14 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> Path:
     sweep = is_sweep()
     backend = "" if sweep else _check(cfg)
     with recorded(cfg, run_dir, "evaluate", keep_refused=sweep) as record:
+        record.metrics["choices"] |= resolved(cfg).get("choices") or {}
         if sweep:
             backend = _check(cfg)  # the table of a sweep has a row for a refused job as well
         datamodule = pipeline.build_datamodule(cfg)
         datamodule.setup()
         _check_data(cfg, datamodule)
         splits = ["val", cfg.split] if cfg.evaluate.calibrate == "val" else [cfg.split]
+        _refuse_trained_on(cfg, datamodule, splits)
         datamodule.fit_eval_rows(splits)
         if backend == "packed" and cfg.evaluate.mode == "score":
             scorer = score_into(record, cfg, datamodule, splits)
@@ -164,6 +174,47 @@ def _check_data(cfg: DictConfig, datamodule: MedMCQADataModule) -> None:
             f"{datamodule.num_options} options, and a preference for places cancels only over all. "
             f"Choose 1 or {datamodule.num_options}."
         )
+
+
+def _refuse_trained_on(
+    cfg: DictConfig, datamodule: MedMCQADataModule, splits: Sequence[str]
+) -> None:
+    """Refuse questions that the adapter was trained on, where the data are cut otherwise than then.
+
+    Raises:
+        ConfigError: If val or test has some.
+    """
+    run_dir = None if cfg.adapter is None else Path(cfg.adapter).parent
+    if run_dir is None or not (run_dir / CONFIG_FILE).is_file():
+        return
+    try:
+        saved = pipeline.read_config(run_dir)
+        changed = _differing(resolved(cfg), saved, _CUT)
+        if not changed:
+            return
+        then = pipeline.build_datamodule(saved)
+        then.setup()
+    except MedQLoRAError as error:
+        log.warning("which questions %s was trained on is not known: %s", run_dir, error)
+        return
+    trained = {(q.id, q.stem, q.options) for q in then.questions.get("train", ())}
+    for split in splits:
+        asked = datamodule.questions[split]
+        known = sum((q.id, q.stem, q.options) in trained for q in asked)
+        if known and split != "train":
+            raise ConfigError(
+                f"{known} of these {len(asked)} {split} questions were trained on: {run_dir} had "
+                f"other values of {', '.join(changed)}. Leave those as they were, or give the "
+                "questions as data.train_file with split=train, which claims nothing of new ones."
+            )
+
+
+def _differing(
+    config: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]
+) -> list[str]:
+    """Dotted keys that have other values in another config."""
+    one, two = OmegaConf.create(dict(config)), OmegaConf.create(dict(other))
+    return [key for key in keys if OmegaConf.select(one, key) != OmegaConf.select(two, key)]
 
 
 def _generate_into(
@@ -228,12 +279,7 @@ def _complete(
     name = name_of(resolved(cfg))
     base = base_of(cfg)
     if base is not None:
-        try:
-            record_base(record, base, cfg.split, questions, name)
-        except MedQLoRAError as error:
-            if cfg.evaluate.base is not None:
-                raise
-            log.info("not compared with %s: %s", base, error)
+        _compare(record, cfg, base, questions, name)
     predictions = read_predictions(record.run_dir, cfg.split)
     section = record.metrics[section_key(cfg.split)]
     _calibrate(record, cfg, predictions)
@@ -267,6 +313,33 @@ def _complete(
         write_predictions(record.run_dir / "contextual_calibration", calibrated)
     if cfg.evaluate.figures:
         _draw(record, cfg, predictions, section, name)
+
+
+def _compare(
+    record: RunRecord, cfg: DictConfig, base: Path, questions: Sequence[Question], name: str
+) -> None:
+    """Pair with a base; one that was asked otherwise only where it was named, and then it says so.
+
+    Raises:
+        MedQLoRAError: If the base that `evaluate.base` names cannot be compared.
+    """
+    named = cfg.evaluate.base is not None
+    try:
+        other = _differing(resolved(cfg), read_run(base).config or {}, _ASKED)
+        if other and not named:
+            log.info("not compared with %s: it was scored with another %s", base, ", ".join(other))
+            return
+        record_base(record, base, cfg.split, questions, name)
+    except MedQLoRAError as error:
+        if named:
+            raise
+        log.info("not compared with %s: %s", base, error)
+        return
+    if other and (paired := (record.metrics.get("paired") or {}).get(cfg.split)):
+        paired["name_a"] += f" (another {', '.join(other)})"
+        log.warning(
+            "%s was scored with another %s: the difference is also of that", base, ", ".join(other)
+        )
 
 
 def _draw(
@@ -319,16 +392,21 @@ def _calibrate(record: RunRecord, cfg: DictConfig, predictions: list[Any]) -> No
     elif cfg.get("of_run") is not None and cfg.split != "val":
         run = read_run(cfg.of_run)
         fitted = run.metrics.get("calibration") or {}
-        if fitted.get("temperature") and _same_model(cfg, run):
+        if not fitted.get("temperature"):
+            return
+        other = _differing(resolved(cfg), run.config or {}, ("quant", *_ASKED))
+        if (pipeline.adapter_of(run.run_dir, run.config or {}) is None) != (cfg.adapter is None):
+            other.append("peft")
+        if other:
+            log.info(
+                "no temperature: that of %s was fitted with another %s",
+                cfg.of_run,
+                ", ".join(other),
+            )
+        else:
             record.metrics["calibration"] = calibration_section(
                 fitted["temperature"], predictions, num_fitted=fitted.get("num_fitted")
             )
-
-
-def _same_model(cfg: DictConfig, run: RunResult) -> bool:
-    """Whether what is scored is what the run's temperature was fitted for."""
-    with_adapter = pipeline.adapter_of(run.run_dir, run.config or {}) is not None
-    return with_adapter == (cfg.adapter is not None)
 
 
 def with_run(cfg: DictConfig, overridden: set[str]) -> DictConfig:
@@ -340,8 +418,9 @@ def with_run(cfg: DictConfig, overridden: set[str]) -> DictConfig:
             command line; of one that comes from the run, single values ("data.limit_test") change.
 
     Returns:
-        A config with `run` replaced by its parts: `adapter` names the run's adapter and `of_run`
-        the run, so that the result says all of it again when it is run a second time.
+        A config with `run` replaced by its parts: `adapter` names the run's adapter, `of_run` the
+        run and `choices` the options of the groups that came from it, so that the result says all
+        of it again when it is run a second time.
 
     Raises:
         ConfigError: If `run` and `adapter` are both given.
@@ -359,6 +438,8 @@ def with_run(cfg: DictConfig, overridden: set[str]) -> DictConfig:
     complete = from_run(cfg, {**saved, "peft": {}}, parts, overridden)
     if bare:
         complete.peft = {}
+    known = read_run(cfg.run).metrics.get("choices") or {}
+    complete.choices = {key: known.get(key) for key in parts if key not in {*overridden, "seed"}}
     complete.run, complete.of_run = None, str(cfg.run)
     complete.adapter = None if folder is None else str(folder)
     return complete

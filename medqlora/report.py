@@ -47,6 +47,7 @@ from medqlora.evaluation.sweep_figures import (
     is_scored,
     learning_figure,
     milliseconds,
+    num_options,
     num_trainable,
     weight_gb,
 )
@@ -356,9 +357,10 @@ def _ours_val_loss(ablation: Ablation) -> _Ours:
     loss = None if setting is None else setting.mean(lambda run: run.metrics["val"]["loss"])
     if setting is None or loss is None:
         return [(UNKNOWN, None)], ""
-    gain = math.log(4) - loss
+    k = num_options(setting.entries[0].run.metrics["val"])
+    gain = math.log(k) - loss
     way = "below" if gain >= 0 else "above"
-    return [(f"{loss:.3f}", setting)], f"{setting.name}; {abs(gain):.3f} nats {way} ln 4"
+    return [(f"{loss:.3f}", setting)], f"{setting.name}; {abs(gain):.3f} nats {way} ln {k}"
 
 
 _OURS: dict[str, Callable[[Ablation], _Ours]] = {
@@ -457,7 +459,7 @@ def _markdown(ablation: Ablation, published: Published | None) -> str:
             f"{100 * e.interval.high:.1f}] | {e.n} | {e.num_blocks} | {e.num_runs} |\n"
             for e in ablation.effects
         )
-        majority = ablation.settings[0].majority_accuracy
+        majority = ablation.effects[0].majority_accuracy
         parts.append(
             "## Main effects\n\n| factor | level | accuracy | 95 % interval | n | matched blocks "
             f"| runs |\n|---|---|---:|---:|---:|---:|---:|\n{lines}\nMeans over runs that differ "
@@ -506,7 +508,7 @@ def _tex_table(
 
 
 def _figures(ablation: Ablation, folder: Path) -> None:
-    settings, split = ablation.settings, ablation.split
+    settings, split = ablation.same, ablation.split
     tables: dict[str, list[Any]] = {}
     for entry in ablation.entries:
         if entry.kind == "trained" and (found := curves(entry.run)):
@@ -515,7 +517,7 @@ def _figures(ablation: Ablation, folder: Path) -> None:
             tables.setdefault(entry.label, []).append(found)
     shown = dict(list(tables.items())[:MAX_CURVES])
     vals = [e.run.metrics["val"] for e in ablation.entries if e.kind == "trained"]
-    majority = settings[0].majority_accuracy if settings else 0.0
+    majority = ablation.effects[0].majority_accuracy if ablation.effects else 0.0
     makers: dict[str, Callable[[], Figure]] = {
         "accuracy_gb": lambda: cost_figure(settings, weight_gb, "weights, GB", split),
         "accuracy_ms": lambda: cost_figure(
@@ -557,9 +559,11 @@ def main(cfg: DictConfig, run_dir: Path) -> None:
         console.print(result_table(rows, title=f"{Path(cfg.runs).name}, {ablation.split} split"))
     if ablation.comparisons:
         console.print(comparison_table(ablation.comparisons[:MAX_PRINTED]))
-    best = max(ablation.settings, key=lambda s: s.accuracy, default=None)
+    best = max(ablation.same, key=lambda s: s.accuracy, default=None)
     if best is not None:
         console.print(f"most accurate: {_setting_text(best)}", soft_wrap=True, highlight=False)
+        if remark := f"{ablation.chosen}{ablation.left_out}".strip():
+            console.print(remark, soft_wrap=True, highlight=False)
     if pruned := endings.count("pruned"):
         console.print(f"{pruned} trial(s) were pruned", highlight=False)
     if failed:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -331,10 +332,15 @@ def recorded(
         _refuse_foreign_folder(
             run_dir, metrics["config_hash"], go_on or values.get("resume") == "auto"
         )
-        earlier = _earlier_seconds(run_dir)
+        earlier = _earlier(run_dir)
+        seconds = float(earlier.get("wall_seconds") or 0.0)
+        # A checkpoint stays one of the files it was made from.
+        source = earlier if has_checkpoint(run_dir) else {"files": _fingerprints(values)}
+        if "files" in source:
+            metrics["files"] = source["files"]
         write_config(run_dir, cfg, verb)
         record.write()
-        with _kept_true(record, there, earlier - clock, keep_refused):
+        with _kept_true(record, there, seconds - clock, keep_refused):
             yield record
 
 
@@ -454,7 +460,7 @@ def find_completed(root: Path, config: Mapping[str, Any]) -> Path | None:
     """The newest completed run below `root` that a run of this config would repeat.
 
     `config_hash` leaves the paths and the content of data files and model folders out, so those are
-    compared here: the same paths, none of them changed after the run began.
+    compared here.
 
     Args:
         root: The folder that holds run folders, at any depth.
@@ -641,7 +647,10 @@ def _runs_with_hash(root: Path, hash_: str) -> Iterator[tuple[Path, dict[str, An
 
 
 def _read_the_same(folder: Path, metrics: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a run read the data files and the model folder that a config names, unchanged."""
+    """Whether a run read the data files and the model folder that a config names, unchanged.
+
+    Where its `metrics.json` does not say what it read, their dates must not be after its start.
+    """
     try:
         before = read_run(folder).config
         started = datetime.fromisoformat(metrics["started"]).timestamp()
@@ -649,6 +658,8 @@ def _read_the_same(folder: Path, metrics: Mapping[str, Any], config: Mapping[str
         return False
     if before is None or not _same_files(before, config):
         return False
+    if "files" in metrics:
+        return metrics["files"] == _fingerprints(config)
     if metrics.get("status") != "completed":
         # `started` is of its last part, which changed data may have ended at once.
         written = (folder / "checkpoints").glob("last*.ckpt")
@@ -660,6 +671,26 @@ def _read_the_same(folder: Path, metrics: Mapping[str, Any], config: Mapping[str
             if max(int(file.stat().st_mtime) for file in files) > started:
                 return False
     return True
+
+
+def _fingerprints(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """A hash of each file and folder that a config names, None where there is none.
+
+    Of a model folder the sizes and dates are hashed: its weights are too many to be read each time.
+    """
+    found: dict[str, str | None] = {}
+    for key, path in zip((*FILE_KEYS, *FOLDER_KEYS), _files_of(config), strict=True):
+        found[key] = None
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                files = sorted(
+                    (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.glob("*.*")
+                )
+                found[key] = hashlib.sha256(repr(files).encode()).hexdigest()
+            elif path.is_file():
+                with path.open("rb") as file:
+                    found[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _same_files(before: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -683,11 +714,11 @@ def has_checkpoint(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob("last*.ckpt"))
 
 
-def _earlier_seconds(run_dir: Path) -> float:
-    """Seconds that earlier parts of a resumed run took."""
+def _earlier(run_dir: Path) -> dict[str, Any]:
+    """What `metrics.json` says of the earlier parts of a resumed run."""
     with contextlib.suppress(MedQLoRAError):
-        return float(read_run(run_dir).metrics.get("wall_seconds") or 0.0)
-    return 0.0
+        return read_run(run_dir).metrics
+    return {}
 
 
 def _refuse_foreign_folder(run_dir: Path, hash_: str, go_on: bool) -> None:

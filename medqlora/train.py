@@ -26,6 +26,7 @@ from medqlora.entry import choices, command, is_sweep, move_log, names_its_folde
 from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError
 from medqlora.evaluation import (
     config_hash,
+    questions_sha256,
     read_run,
 )
 from medqlora.evaluation.tables import result_row, result_table
@@ -348,7 +349,7 @@ def _score_baseline(
 ) -> None:
     """Score a base without adapter and keep it as a run folder of its own, `baselines/NAME`."""
     folder = run_dir / "baselines" / name
-    if not splits or processes.from_first(_is_scored(folder, splits)):
+    if not splits or processes.from_first(_is_scored(folder, datamodule, splits)):
         return
     values = resolved(cfg)
     if name == "base_16bit":
@@ -360,7 +361,7 @@ def _score_baseline(
         }
     values["peft"] = {}
     baseline = OmegaConf.create({key: values[key] for key in _SCORING_KEYS if key in values})
-    if is_sweep() and _copy_baseline(run_dir, folder, resolved(baseline), splits):
+    if is_sweep() and _copy_baseline(run_dir, folder, resolved(baseline), datamodule, splits):
         return
     if not processes.rank():
         shutil.rmtree(folder, ignore_errors=True)  # of a try that did not come to its end
@@ -370,19 +371,29 @@ def _score_baseline(
     free_memory()
 
 
-def _is_scored(folder: Path, splits: list[str]) -> bool:
-    """Whether an earlier try scored a base to its end."""
+def _is_scored(folder: Path, datamodule: MedMCQADataModule, splits: list[str]) -> bool:
+    """Whether an earlier try scored a base to its end, on these questions."""
     try:
         earlier = read_run(folder)
     except CheckpointError:
         return False
-    return earlier.status == "completed" and all(earlier.metrics[split]["n"] for split in splits)
+    return earlier.status == "completed" and all(
+        earlier.metrics[split]["n"]
+        and earlier.metrics[split].get("sha256") == questions_sha256(datamodule.questions[split])
+        for split in splits
+    )
 
 
-def _copy_baseline(run_dir: Path, folder: Path, config: dict[str, Any], splits: list[str]) -> bool:
+def _copy_baseline(
+    run_dir: Path,
+    folder: Path,
+    config: dict[str, Any],
+    datamodule: MedMCQADataModule,
+    splits: list[str],
+) -> bool:
     """Take the scores of a base from a job of a sweep that has scored it already."""
     earlier = find_completed(sweep_root(run_dir.parent), config)
-    if earlier is None or not all(read_run(earlier).metrics[split]["n"] for split in splits):
+    if earlier is None or not _is_scored(earlier, datamodule, splits):
         return False
     log.info("the bare base was scored already: %s", earlier)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,23 @@ def test_bundled_questions_are_measured_with_the_bundled_tokenizer(given, path):
     assert with_own_tokenizer(cfg, {"data": "sample"}, given).model.path == path
 
 
+def test_labels_that_may_count_from_0_or_from_1_are_shown(tmp_path):
+    """There is no majority to show, and no row without a label."""
+    rows = [raw_row(i, cop=1 + i % 2) for i in range(4)]
+    file = write_jsonl(tmp_path / "q.jsonl", rows)
+    cfg = compose("audit", ["data=files", f"data.train_file={file}"])
+    data = instantiation.make(
+        cfg.data, tokenizer=None, prompt=instantiation.make(cfg.prompt), seed=0
+    )
+    console = Console(width=200)
+    with console.capture() as shown:
+        for table in tables(data.audit(), "x"):
+            console.print(table)
+    assert "unknown_label_base" in shown.get()
+    assert MEANINGS["unknown_label_base"] in shown.get()
+    assert "labels unknown" in shown.get()
+
+
 def test_every_finding_has_a_meaning_for_the_reader():
     assert set(FINDERS) <= set(MEANINGS)
 

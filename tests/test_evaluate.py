@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -26,6 +28,7 @@ from medqlora.evaluation import (
     read_predictions,
     read_run,
     score_arrays,
+    write_metrics,
 )
 from medqlora.evaluation.figures import split_figures
 from medqlora.evaluation.generation import unpack
@@ -150,6 +153,69 @@ def test_one_value_of_the_runs_data_can_change_and_the_rest_stays(trained, score
     part = score(f"run={trained}", "trainer=cpu", "data.limit_test=8", "evaluate.figures=false")
     assert part.metrics["test"]["n"] == 8
     assert scores_by_id(part.run_dir).keys() < scores_by_id(trained).keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["seed=7"], ["data.num_val=12", "seed=7"], ["data=files", "data.val_file={val}"]],
+)
+def test_questions_of_training_are_refused_where_the_data_are_cut_otherwise(
+    tiny_options, question_files, score, tmp_path, changes
+):
+    """A run that cut val from train has trained on most of what another seed would cut."""
+    cfg = compose(
+        "train",
+        [*tiny_options, "data.val_file=null", "data.num_val=16", "trainer.max_steps=1"],
+    )
+    run = train(cfg, tmp_path / "run")
+    as_then = [f"run={run}", "trainer=cpu", "evaluate.figures=false"]
+    assert score(*as_then, "split=val").metrics["val"]["n"] == 16
+    given = [change.format(val=question_files["train"]) for change in changes]
+    with pytest.raises(ConfigError, match=r"of these \d+ val questions were trained on: .*data"):
+        score(*as_then, "split=val", *given)
+    assert score(*as_then, "split=train", "seed=7").metrics["train_split"]["n"] == 48
+
+
+def test_new_questions_are_scored_and_those_of_training_are_named_as_such(
+    trained, score, question_files, tmp_path, caplog
+):
+    new = write_jsonl(tmp_path / "new.jsonl", [raw_row(i) for i in range(400, 408)])
+    as_then = [f"run={trained}", "trainer=cpu", "evaluate.figures=false", "data=files"]
+    assert score(*as_then, f"data.test_file={new}").metrics["test"]["n"] == 8
+    known = f"data.test_file={question_files['train']}"
+    with pytest.raises(ConfigError, match=r"^64 of these 64 test questions were trained on"):
+        score(*as_then, known)
+    assert score(*as_then, "peft=none", known).metrics["test"]["n"] == 64
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    config["data"]["train_file"] = str(tmp_path / "gone.jsonl")
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    found = score(f"run={moved}", *as_then[1:], known)
+    assert found.metrics["test"]["n"] == 64
+    assert "trained on is not known" in caplog.text
+
+
+def test_options_that_came_from_a_run_are_named_as_the_run_has_them(trained, run_command, tmp_path):
+    """Hydra knows only what `evaluate` itself would have chosen."""
+    path = trained.parent / "named"
+    shutil.copytree(trained, path)
+    metrics = read_run(path).metrics
+    metrics["choices"] = {"quant": "nf4_fp32", "prompt": "harness", "data": "files", "model": "m"}
+    write_metrics(path, metrics)
+    first, second = tmp_path / "first", tmp_path / "second"
+    given = ["data.limit_test=5", "prompt=letters", "evaluate.figures=false"]
+    ended = run_command("evaluate", f"run={path}", *given, f"hydra.run.dir={first}")
+    assert ended.code == 0, ended.err
+    ended = run_command(
+        "evaluate", "--config-path", str(first), "--config-name", "config",
+        f"hydra.run.dir={second}",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    once, again = read_run(first).metrics, read_run(second).metrics
+    expected = {"quant": "nf4_fp32", "data": "files", "model": "m"}
+    assert once["choices"].items() >= (expected | {"prompt": "letters"}).items()
+    assert again["choices"].items() >= expected.items()
 
 
 def test_stock_transformers_gives_a_gemma_the_scores_of_packed_rows(score, options):
@@ -402,6 +468,34 @@ def test_a_base_that_scored_other_questions_is_refused_by_their_hash(
         score(f"run={trained}", "trainer=cpu", f"evaluate.base={base.run_dir}")
 
 
+@pytest.mark.parametrize(
+    ("given", "other"), [("prompt=letters", "prompt"), ("data.max_length=128", "data.max_length")]
+)
+def test_a_base_that_was_asked_otherwise_is_not_compared_unless_it_is_named(
+    trained, score, caplog, given, other
+):
+    """The difference would be of the prompt as well, and the temperature was fitted for another."""
+    caplog.set_level("INFO", "medqlora")
+    asked = [f"run={trained}", "trainer=cpu", "evaluate.figures=false", given]
+    alone = score(*asked)
+    assert "paired" not in alone.metrics
+    assert "calibration" not in alone.metrics
+    assert f"it was scored with another {other}" in caplog.text
+    assert f"was fitted with another {other}" in caplog.text
+    base = trained / "baselines" / "base_quantized"
+    named = score(*asked, f"evaluate.base={base}").metrics["paired"]["test"]
+    assert named["name_a"] == f"base, NF4 (another {other})"
+
+
+def test_a_temperature_is_of_one_storage(trained, score, caplog):
+    caplog.set_level("INFO", "medqlora")
+    options = ["trainer=cpu", "evaluate.figures=false", "quant=none_fp32"]
+    found = score(f"run={trained}", *options)
+    assert "calibration" not in found.metrics
+    assert "was fitted with another quant" in caplog.text
+    assert found.metrics["paired"]["test"]["name_a"] == "base, NF4"
+
+
 def test_a_run_with_an_adapter_is_no_base(trained, score):
     with pytest.raises(ConfigError, match="not a bare base"):
         score(f"run={trained}", "trainer=cpu", f"evaluate.base={trained}")
@@ -623,6 +717,7 @@ def test_a_base_folder_that_is_no_run_is_refused_before_anything_is_loaded(score
 def test_each_validation_is_logged_in_full_to_csv(trained):
     table = pd.read_csv(trained / "metrics.csv").dropna(subset=["val/accuracy"])
     assert len(table) >= 3
+    assert (table["val/n"] == read_run(trained).metrics["val"]["n"]).all()
     for column in ("val/macro_accuracy", "val/ece", "val/brier", "val/subject_name/Anatomy"):
         assert table[column].between(0, 2).all(), column
     shares = table[[f"val/letter_share/{letter}" for letter in "ABCD"]]

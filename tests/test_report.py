@@ -14,6 +14,8 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from scipy import stats
 
 from medqlora.config import compose
 from medqlora.errors import CheckpointError, ConfigError
@@ -30,6 +32,7 @@ from medqlora.evaluation.sweep_figures import (
     forest_figure,
     label_places,
     learning_figure,
+    milliseconds,
 )
 from medqlora.evaluation.tables import comparison_markdown
 from medqlora.report import PUBLISHED_DIR, latex_tables, read_published, report, summary
@@ -158,6 +161,66 @@ def test_training_questions_tell_bases_apart_where_prompts_hold_some_of_them(tmp
     assert len(analyse(read_sweep(tmp_path)).settings) == 2
 
 
+def _with_keys(config, group, **keys):
+    return {**config, group: {**config[group], **keys}}
+
+
+@pytest.mark.parametrize(("group", "key"), [("data", "train_file"), ("model", "path")])
+def test_runs_of_other_files_or_folders_are_no_seeds_of_one_another(group, key, tmp_path):
+    """`config_hash` leaves out where they lie; two of the same name are told apart all the same."""
+    config = base_config("data=files", "data.test_file=t.jsonl")
+    for number, place in enumerate(("one", "other", "one")):
+        own = _with_keys(config, group, **{key: f"/data/{place}/same"})
+        own["seed"] = number // 2
+        write_run(tmp_path / str(number), own, skill=3.0 if place == "other" else 0.1)
+    found = analyse(read_sweep(tmp_path))
+    assert {s.name: len(s.entries) for s in found.settings} == {
+        f"{group}.{key}=/data/one/same": 2,
+        f"{group}.{key}=/data/other/same": 1,
+    }
+
+
+def test_a_file_that_was_changed_between_runs_makes_another_setting(tmp_path):
+    config = base_config("data=files", "data.train_file=a.jsonl")
+    for seed in (0, 1, 2):
+        folder = write_run(tmp_path / str(seed), {**config, "seed": seed})
+        metrics = read_run(folder).metrics
+        metrics["data"]["sha256"] = "ab"[seed == 2] * 64
+        write_metrics(folder, metrics)
+    assert [len(s.entries) for s in analyse(read_sweep(tmp_path)).settings] == [2, 1]
+    cut = _with_keys(config, "data", num_val=5)
+    for seed in (0, 1, 2):
+        (tmp_path / str(seed) / "config.yaml").write_text(yaml.safe_dump({**cut, "seed": seed}))
+    assert [len(s.entries) for s in analyse(read_sweep(tmp_path)).settings] == [3]
+
+
+def test_merged_models_of_two_runs_are_two_settings(tmp_path):
+    """`export format=merged` gives every one of them the same name."""
+    config = {k: v for k, v in base_config().items() if k != "optimizer"} | {"peft": {}}
+    for number, run in enumerate(("first", "second")):
+        own = _with_keys(config, "model", path=f"/runs/{run}/export/merged")
+        write_run(tmp_path / str(number), own, skill=number, trainable=0)
+    found = analyse(read_sweep(tmp_path))
+    assert len(found.settings) == len(found.entries) == 2
+
+
+def test_the_same_run_counted_twice_is_one_seed(tmp_path):
+    """Trained again or scored again: the newest counts, in tests, means and effects."""
+    config = base_config()
+    for number, (seed, day) in enumerate([(0, 2), (0, 3), (0, 1), (1, 1)]):
+        folder = write_run(tmp_path / str(number), {**config, "seed": seed}, skill=number)
+        metrics = read_run(folder).metrics | {"started": f"2026-11-0{day}T00:00:00+00:00"}
+        write_metrics(folder, metrics)
+    for number in (4, 5):
+        own = {key: value for key, value in config.items() if key != "optimizer"}
+        own |= {"adapter": "/runs/0/adapter", "seed": number}
+        write_run(tmp_path / str(number), own, skill=0, trainable=0)
+    found = analyse(read_sweep(tmp_path))
+    assert [[e.run.name for e in s.entries] for s in found.settings] == [["1", "3"], ["5"]]
+    assert len(found.entries) == 6
+    assert sum("no further seed" in note for note in found.notes) == 2
+
+
 def test_a_value_varied_within_an_option_is_a_factor_of_its_own(tmp_path):
     config = base_config()
     for number, (option, r, alpha) in enumerate(
@@ -249,6 +312,24 @@ def test_the_interval_of_one_run_is_wilsons_and_seeds_widen_it():
         wilson_interval(int(one.sum()), 200).high - wilson_interval(int(one.sum()), 200).low,
         rel=0.05,
     )
+
+
+def test_the_interval_of_three_seeds_holds_the_accuracy_of_others():
+    """Simulated: at least 91 % of 300 draws, which is 3 standard errors below 95 %."""
+    rng, n, held = np.random.default_rng(0), 450, 0
+    truth = stats.norm.sf(0.3 / (1 + 0.4**2 + 0.05**2) ** 0.5)
+    for _ in range(300):
+        own = rng.normal(0, 0.05, (3, 1)) + rng.normal(0, 0.4, (3, n))
+        low, high = setting_interval(rng.normal(0, 1, n) + own > 0.3)
+        held += low <= truth <= high
+    assert held >= 0.91 * 300
+
+
+def test_seeds_that_miss_other_questions_have_an_interval_of_some_width():
+    """Each question is right in two of three runs: the means vary by rounding alone."""
+    correct = np.array([[(i + seed) % 3 > 0 for i in range(30)] for seed in range(3)])
+    low, high = setting_interval(correct)
+    assert low < 0.6 < 2 / 3 < 0.73 < high
 
 
 @pytest.mark.parametrize(
@@ -840,6 +921,85 @@ def test_the_static_curves_have_baseline_n_and_intervals_too(ablation):
     other = {**run.metrics["val"], "n": 60}
     for unknown in ([], [run.metrics["val"], other]):
         assert len(learning_figure({"one": [curves(run)]}, unknown).axes) == 2  # losses alone
+
+
+def _change_metrics(folder, **sections):
+    metrics = read_run(folder).metrics
+    for key, values in sections.items():
+        metrics[key] |= values
+    write_metrics(folder, metrics)
+
+
+def test_a_validation_of_some_batches_counts_its_own_questions(tmp_path):
+    """`trainer.limit_val_batches`: the curve is of fewer than the val score at the end."""
+    folder = write_run(tmp_path / "0", base_config())
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    lines = [f"{line},{'val/n' if i == 0 else 40.0}" for i, line in enumerate(lines)]
+    (folder / "metrics.csv").write_text("\n".join(lines))
+    found = analyse(read_sweep(tmp_path))
+    plot = figure_of(
+        report_page(found, tmp_path, title="some", command="report"), "Validation accuracy, %"
+    )
+    assert "val split, n=40. Bands" in plot
+    last = curves(read_run(folder))["val/accuracy"][-1][1]
+    low, high = wilson_interval(round(40 * last), 40)
+    assert f"95 % interval [{100 * low:.1f}, {100 * high:.1f}]" in plot
+    assert re.search(r"majority \d+\.\d % of all 120, n=40", plot)
+    run = read_run(folder)
+    figure = learning_figure({"one": [curves(run)]}, [run.metrics["val"]])
+    assert "n=40, 95 % intervals" in figure.axes[2].get_title(loc="left")
+
+
+def test_knowing_nothing_about_five_options_is_ln_5(tmp_path):
+    folder = write_run(tmp_path / "0", base_config())
+    _change_metrics(folder, val={"random_accuracy": 0.2})
+    found = analyse(read_sweep(tmp_path))
+    page = report_page(found, tmp_path, title="five", command="report")
+    plot = figure_of(page, "Validation loss, nats")
+    assert "ln 5: knowing nothing" in plot
+    assert "ln 4" not in plot
+    run = read_run(folder)
+    axes = learning_figure({"one": [curves(run)]}, [run.metrics["val"]]).axes[1]
+    assert [line.get_ydata()[0] for line in axes.lines if "ln 5" in str(line.get_label())] == [
+        math.log(5)
+    ]
+    remarks = [row.remark for row in read_published("reference_study", found).rows]
+    assert any(remark.endswith("ln 5") for remark in remarks)
+
+
+def test_milliseconds_are_of_all_questions_that_were_scored(tmp_path):
+    """Those without a label took as long."""
+    folder = write_run(tmp_path / "0", base_config(), ms=0.5)
+    assert milliseconds("test")(read_run(folder)) == pytest.approx(0.5)
+    _change_metrics(folder, test={"num_unlabelled": 720})
+    assert milliseconds("test")(read_run(folder)) == pytest.approx(0.5 / 4)
+
+
+def test_figures_show_settings_on_the_same_questions_alone(tmp_path, run_command):
+    """One on few and easy questions is neither the most accurate nor a point of a figure."""
+    config = base_config()
+    for number, rate in enumerate((3e-4, 1e-4, 2e-4)):
+        own = _with_keys(config, "optimizer", lr=rate)
+        questions = make_questions(60, seed=5) if number == 0 else make_questions()
+        write_run(tmp_path / "runs" / str(number), own, skill=3 - number, questions=questions)
+    found = analyse(read_sweep(tmp_path / "runs"))
+    assert [s.n for s in found.settings] == [60, 240, 240]
+    assert found.settings[0].accuracy > found.settings[1].accuracy
+    page = report_page(found, tmp_path, title="mixed", command="report")
+    cards = page[page.index('<div class="cards">') : page.index('<section id="runs">')]
+    assert "n=60" not in cards
+    assert "Chosen on the test split itself" in cards
+    for part in (
+        cards,
+        figure_of(page, re.escape("Accuracy (%) against weights, GB")),
+        page[page.index('<section id="subjects">') : page.index('<section id="notes">')],
+    ):
+        assert "optimizer.lr=0.0003" not in part
+        assert "1 setting(s) on other questions are left out" in part
+    ended = run_command("report", f"runs={tmp_path / 'runs'}", f"hydra.run.dir={tmp_path / 'out'}")
+    assert f"most accurate: {found.settings[1].name}" in ended.out
+    assert "Chosen on the test split itself" in ended.out
+    assert "left out" in ended.out
 
 
 def test_main_effects_say_how_many_questions_they_are_of(page, folder, ablation):

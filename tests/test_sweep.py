@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ from medqlora import train as train_verb
 from medqlora.config import CONFIG_DIR, compose
 from medqlora.data import datamodule
 from medqlora.entry import sweep_name
-from medqlora.errors import ConfigError, MedQLoRAError
+from medqlora.errors import CheckpointError, ConfigError, MedQLoRAError
 from medqlora.evaluation import config_hash, read_predictions, read_run, write_metrics
 from medqlora.finetuning import MCQAModule
 from medqlora.quantization import loading
 from medqlora.report import report
-from medqlora.runs import find_completed, resolved, sweep_root
+from medqlora.runs import find_completed, find_unfinished, recorded, resolved, sweep_root
 from medqlora.tracking import GuardedLogger, build_loggers, check_loggers, finish_loggers
 from medqlora.train import train
 from tests.conftest import ROOT
@@ -159,8 +159,8 @@ def test_the_same_line_runs_only_what_is_missing(sweep, tmp_path):
     )
 
 
-def test_a_changed_data_file_is_not_the_same_run(question_files, tmp_path):
-    """config_hash leaves the content of files out, so the file's own date decides."""
+def test_without_hashes_a_younger_data_file_is_not_the_same_run(question_files, tmp_path):
+    """config_hash leaves the content of files out; of runs of before, the file's date decides."""
     questions = tmp_path / "train.jsonl"
     shutil.copy(question_files["train"], questions)
     os.utime(questions, (1e9, 1e9))
@@ -186,6 +186,40 @@ def test_a_changed_data_file_is_not_the_same_run(question_files, tmp_path):
     assert find_completed(tmp_path / "sweeps", moved) is None
 
 
+def test_a_data_file_of_another_content_is_not_the_same_run(question_files, tmp_path):
+    """Whatever its date: `mv`, `cp -p`, rsync and unzip bring files older than the run."""
+    questions = tmp_path / "train.jsonl"
+    shutil.copy(question_files["train"], questions)
+    cfg = compose("train", [*_overrides(question_files, questions)])
+    run = tmp_path / "sweeps" / "a" / "0"
+    with recorded(cfg, run, "train", keep_refused=False):
+        pass
+    content = questions.read_text()
+    for change, expected in ((content[: content.index("\n", 999) + 1], None), (content, run)):
+        questions.write_text(change)
+        for date in (1e9, time.time() + 5):
+            os.utime(questions, (date, date))
+            assert find_completed(tmp_path / "sweeps", resolved(cfg)) == expected
+    assert len(set(read_run(run).metrics["files"].values())) == 3
+
+
+def test_a_run_that_goes_on_is_of_the_files_its_checkpoint_read(question_files, tmp_path):
+    """Going on with changed data is refused, and leaves what the checkpoint is of unchanged."""
+    questions = tmp_path / "train.jsonl"
+    shutil.copy(question_files["train"], questions)
+    cfg = compose("train", [*_overrides(question_files, questions), "resume=auto"])
+    run = tmp_path / "sweeps" / "a" / "0"
+    values = resolved(cfg)
+    for content in (questions.read_text(), ""):
+        questions.write_text(content)
+        with suppress(CheckpointError), recorded(cfg, run, "train", keep_refused=True):
+            (run / "checkpoints").mkdir(exist_ok=True)
+            (run / "checkpoints" / "last.ckpt").touch()
+            raise CheckpointError("other rows")
+        unfinished = find_unfinished(tmp_path / "sweeps", config_hash(values), values)
+        assert (unfinished == run) == bool(content)
+
+
 def test_a_job_killed_before_its_data_were_changed_is_run_anew(sweep, question_files, tmp_path):
     """Its checkpoint is of rows that are no more; the bases it scored are as well."""
     questions = tmp_path / "train.jsonl"
@@ -203,9 +237,11 @@ def test_a_job_killed_before_its_data_were_changed_is_run_anew(sweep, question_f
     kept = read_run(job / "baselines" / "base_quantized").metrics["started"]
     time.sleep(1.1)  # `started` is in whole seconds
     questions.write_text("".join(questions.read_text().splitlines(keepends=True)[:4]))
-    # As an earlier attempt to go on left it, which began after the change.
+    # As an earlier attempt to go on left it, which began after the change and hashed no files.
     later = datetime.fromtimestamp(time.time() + 60, UTC).isoformat(timespec="seconds")
     for started in (metrics["started"], later):
+        if started == later:
+            del metrics["files"]
         write_metrics(job, metrics | {"status": "interrupted", "started": started})
         for path in (job / "checkpoints").iterdir():
             os.utime(path, (1.1e9, 1.1e9))

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from medqlora import pipeline
 from medqlora.config import compose
 from medqlora.data import read_questions
-from medqlora.evaluation import empty_metrics, read_predictions, read_run
+from medqlora.evaluation import empty_metrics, questions_sha256, read_predictions, read_run
 from medqlora.quantization import dequantized_weight
 from medqlora.schema import Prediction, Question
 from medqlora.train import _score_baseline, train
@@ -414,6 +414,23 @@ def test_a_base_whose_scoring_was_cut_short_is_scored_again(run_dir, tmp_path, l
     assert again["started"] != whole["started"]
     _score_baseline(cfg, folder, datamodule, "base_quantized", ["val", "test"])
     assert metrics_of(base) == again
+
+
+def test_a_base_that_answered_other_questions_is_scored_again(run_dir, tmp_path):
+    """Such as those of before their labels were corrected in place."""
+    folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    cfg = OmegaConf.create(pipeline.read_config(folder))
+    corrected = tmp_path / "test.jsonl"
+    rows = [json.loads(line) for line in Path(cfg.data.test_file).read_text().splitlines()]
+    corrected.write_text(
+        "".join(json.dumps(row | {"cop": (row["cop"] + 1) % 4}) + "\n" for row in rows)
+    )
+    cfg.data.test_file = str(corrected)
+    datamodule = pipeline.build_datamodule(cfg)
+    datamodule.setup()
+    _score_baseline(cfg, folder, datamodule, "base_quantized", ["val", "test"])
+    again = metrics_of(folder / "baselines" / "base_quantized")
+    assert again["test"]["sha256"] == questions_sha256(datamodule.questions["test"])
 
 
 @pytest.mark.parametrize("named", [False, True])

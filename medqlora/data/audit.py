@@ -105,7 +105,8 @@ def _rows(questions: Questions) -> Iterator[tuple[str, int, Question]]:
             yield split, row, question
 
 
-def _options_key(question: Question) -> tuple[str, frozenset[str]]:
+def options_key(question: Question) -> tuple[str, frozenset[str]]:
+    """What copies of a question with its options share, whatever the order of the options."""
     return normalise(question.stem), frozenset(map(normalise, question.options))
 
 
@@ -140,7 +141,7 @@ def _find_duplicate_question(questions: Questions) -> Iterator[Finding]:
 
 
 def _find_identical(questions: Questions) -> Iterator[Finding]:
-    for members in _groups(questions, _options_key):
+    for members in _groups(questions, options_key):
         split, row, _ = members[0]
         for other, number, question in members[1:]:
             detail = f"question and options of {split} row {row}"
@@ -148,7 +149,7 @@ def _find_identical(questions: Questions) -> Iterator[Finding]:
 
 
 def _find_conflicting(questions: Questions) -> Iterator[Finding]:
-    for members in _groups(questions, _options_key):
+    for members in _groups(questions, options_key):
         answers = {gold for _, _, q in members if (gold := _gold(q)) is not None}
         if len(answers) > 1:
             places = ", ".join(f"{split} row {row}" for split, row, _ in members)
@@ -354,6 +355,7 @@ def audit_questions(
     near: bool = True,
     cut: Cut | None = None,
     extra: Sequence[Finding] = (),
+    labelled: Collection[tuple[str, int]] = (),
 ) -> AuditReport:
     """Audit questions that were read already.
 
@@ -364,6 +366,8 @@ def audit_questions(
         near: Whether to look for near-duplicates between train and the other splits.
         cut: How the run cuts its splits; None if those of the source are its own.
         extra: Findings made while reading.
+        labelled: Split and row of questions that have a label, though which answer it means may be
+            unknown.
 
     Returns:
         The summary holds `num_rows`, `num_labelled`, `num_options`, `rows_by_split`, `findings`
@@ -373,6 +377,7 @@ def audit_questions(
         `negated_share`, and `length_tokens` with percentiles, by split and over `all`.
     """
     noted = {(f.split, f.row, f.finding) for f in extra}
+    noted |= {(split, row, "unlabelled") for split, row in labelled}
     found = find(questions, [*FINDERS])
     findings = [*extra, *(f for f in found if (f.split, f.row, f.finding) not in noted)]
     if near:
@@ -391,12 +396,12 @@ def audit_questions(
     }
     conflicts = [
         members
-        for members in _groups(questions, _options_key)
+        for members in _groups(questions, options_key)
         if len({gold for _, _, q in members if (gold := _gold(q)) is not None}) > 1
     ]
     summary["groups"] = {
         "duplicate_question": sum(1 for _ in _groups(questions, lambda q: normalise(q.stem))),
-        "identical": sum(1 for _ in _groups(questions, _options_key)),
+        "identical": sum(1 for _ in _groups(questions, options_key)),
         "conflicting": len(conflicts),
     }
     summary["negated_share"] = len(rows_with["negated"]) / max(1, len(everything))
@@ -450,9 +455,25 @@ def audit_rows(
     num_options = count_options(raws, [])
     labels = {s: parse_labels(s, raw, num_options, []) for s, raw in raws.items()}
     base = find_label_base(raws, labels, num_options, label_base, [])
+    labelled = {
+        (split, row)
+        for split, values in labels.items()
+        for row, value in enumerate(values, start=1)
+        if value is not None
+    }
+    invalid = {(f.split, f.row) for f in extra if f.finding == "invalid_label"}
     report = audit_questions(
-        questions, tokenizer=tokenizer, prompt=prompt, near=near, cut=cut, extra=extra
+        questions,
+        tokenizer=tokenizer,
+        prompt=prompt,
+        near=near,
+        cut=cut,
+        extra=extra,
+        labelled=labelled | invalid,
     )
+    for split, part in report.summary["splits"].items():
+        part["num_labelled"] = sum(where == split for where, _ in labelled)
+    report.summary["num_labelled"] = len(labelled)
     sources = {split: raw.source for split, raw in raws.items()}
     return AuditReport({"sources": sources, "label_base": base} | report.summary, report.findings)
 

@@ -25,7 +25,7 @@ from medqlora.schema import Question
 
 log = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "2"
 """Part of every key; changed whenever the same input would give other rows or tokens."""
 
 MIN_ROWS = 5000

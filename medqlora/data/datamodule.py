@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerFast
 
 from medqlora.data import cache
-from medqlora.data.audit import AuditReport, audit_rows, find, near_duplicates
+from medqlora.data.audit import AuditReport, audit_rows, find, near_duplicates, options_key
 from medqlora.data.augmentation import OptionShuffle
 from medqlora.data.medmcqa import (
     cut_groups,
@@ -265,6 +265,7 @@ class MedMCQADataModule(LightningDataModule):
                 "every split is left out: give data.train_file, data.val_file or data.test_file, "
                 "or a limit above 0."
             )
+        self._warn_of_copies(source, used)
         self.questions = {split: [questions[i] for i in rows] for split, rows in used.items()}
         self.sha256 = dataset_sha256(
             {split: [source.digests[i] for i in rows] for split, rows in used.items()}
@@ -429,6 +430,8 @@ class MedMCQADataModule(LightningDataModule):
                 self.dropped[name] = int(keep[rows].sum())
                 keep[rows] = False
         members = self._cut(questions, source.splits, source.groups, keep)
+        if bare := int(keep.sum()) - sum(map(len, members.values())):  # of a pool
+            self.dropped["unlabelled"] = self.dropped.get("unlabelled", 0) + bare
         if self.decontaminate:
             self._decontaminate(questions, members)
         if self.dropped:
@@ -483,6 +486,24 @@ class MedMCQADataModule(LightningDataModule):
                 "question: give other files, or set it to false."
             )
 
+    def _warn_of_copies(self, source: _Source, used: Mapping[str, np.ndarray]) -> None:
+        """Say how many training questions are scored as well, options in whatever order."""
+        train, scored = used.get("train"), [used[split] for split in used if split != "train"]
+        if train is None or not scored:
+            return
+        held_out = np.concatenate(scored)
+        held_out = held_out[np.isin(source.groups[held_out], source.groups[train])]
+        near = train[np.isin(source.groups[train], source.groups[held_out])]
+        keys = {options_key(source.questions[i]) for i in held_out}
+        if copies := sum(options_key(source.questions[i]) in keys for i in near):
+            log.warning(
+                "%s: %d of %d training questions stand in val or test as well, with the same "
+                "options: set data.decontaminate=true to leave them out, or give other files",
+                self.name,
+                copies,
+                len(train),
+            )
+
     def _tokenize(
         self, source: _Source, used: dict[str, np.ndarray], encoder: TextEncoder
     ) -> dict[str, TokenizedQuestions]:
@@ -490,7 +511,8 @@ class MedMCQADataModule(LightningDataModule):
 
         The rows of train and those of the other splits are kept apart, as only train has
         explanations as targets. Unless a limit leaves most of them out, all rows of the source are
-        tokenised, so that a run with another seed, which cuts elsewhere, finds its tokens.
+        tokenised, so that a run with another seed, which cuts elsewhere, finds its tokens; but one
+        that is not used and cannot be asked stops no run.
         """
         explained = {split for split in used if split == "train" and self.targets == "explanation"}
         everything = np.arange(len(source.questions))
@@ -501,7 +523,11 @@ class MedMCQADataModule(LightningDataModule):
                 continue
             wanted = np.unique(np.concatenate([used[split] for split in splits]))
             rows = everything if 2 * len(wanted) >= len(everything) else wanted
-            table = self._tokens_of(source, rows, encoder, digest, explain)
+            try:
+                table = self._tokens_of(source, rows, encoder, digest, explain)
+            except (ConfigError, DataError):
+                rows = wanted
+                table = self._tokens_of(source, rows, encoder, digest, explain)
             for split in splits:
                 tokenized[split] = table.take(np.searchsorted(rows, used[split]))
         self.num_truncated = sum(tokens.num_truncated for tokens in tokenized.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +47,11 @@ class Finding:
 
 
 def normalise(text: str) -> str:
-    """Text without case, punctuation and spacing, so that copies of a question compare equal.
+    """Text without case, punctuation, spacing and forms of characters: copies compare equal.
 
     Signs vanish too, so ">50" equals "<50": a question found this way is a suspect, not a culprit.
     """
-    return _NOT_A_WORD.sub(" ", text.casefold()).strip()
+    return _NOT_A_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def read_questions(
@@ -147,7 +148,7 @@ def find_label_base(
         labels: Raw labels by split, None where there is none.
         num_options: Options of every question.
         label_base: The base as the user states it, or None.
-        findings: If given, a contradiction is noted there instead of raising.
+        findings: If given, what would be raised is noted there instead.
 
     Returns:
         0, 1, or None if no row is labelled or the labels contradict each other.
@@ -177,12 +178,20 @@ def find_label_base(
     if len(witness) == 1:
         return next(iter(witness))
     if not witness:
-        if findings is not None:
-            return None
-        raise DataError(
+        message = (
             f"{_sources(raws)}: no label is 0 and none is {num_options}, so they may count from 0 "
             "or from 1: say which with data.label_base=0 or data.label_base=1."
         )
+        if findings is None:
+            raise DataError(message)
+        split, row = next(
+            (split, row)
+            for split, values in labels.items()
+            for row, value in enumerate(values, start=1)
+            if value is not None
+        )
+        findings.append(Finding("", row, split, "unknown_label_base", message))
+        return None
     places = {
         base: f"{raws[split].source}, row {row}"
         if row
@@ -228,12 +237,19 @@ def _check_columns(raw: RawRows, ignore_columns: Collection[str]) -> None:
         raise DataError(
             f"{raw.source} has an unknown column {unknown[0]!r}: rename it to one of "
             f"{', '.join((*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS))}, or let it pass with "
-            f"'data.ignore_columns=[{','.join(map(str, unknown))}]'."
+            f"'data.ignore_columns=[{','.join(map(_quoted, unknown))}]'."
         )
 
 
+def _quoted(name: str) -> str:
+    """A name as Hydra reads it in a list."""
+    return name if name.isidentifier() else f'"{name}"'
+
+
 def _is_blank(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def count_options(raws: Mapping[str, RawRows], findings: list[Finding] | None) -> int:
@@ -278,7 +294,9 @@ def parse_labels(
         label = value
         if isinstance(value, str):
             text = value.strip()
-            label = int(text) if re.fullmatch(r"[+-]?\d{1,3}", text, re.ASCII) else value
+            # Of a column with one missing value pandas writes "1.0".
+            whole = re.fullmatch(r"([+-]?\d{1,3})(?:\.0+)?", text, re.ASCII)
+            label = int(whole[1]) if whole else value
             if not text:
                 label = None
         elif isinstance(value, float):

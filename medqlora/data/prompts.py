@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medqlora.data.medmcqa import group_of
 from medqlora.errors import ConfigError
 from medqlora.schema import LETTERS, Question
 
@@ -40,7 +41,7 @@ class PromptTemplate:
         num_shots: Solved questions in front of each prompt, taken from train.
         shot_seed: Seed that chooses them.
         separator: What stands between solved questions.
-        shots: The solved questions, one more than `num_shots`; see `with_shots`.
+        shots: The solved questions, all different, one more than `num_shots`; see `with_shots`.
 
     Raises:
         ConfigError: If the text leaves the question out, or asks for what there is not.
@@ -66,6 +67,7 @@ class PromptTemplate:
         self.separator = separator
         self.shots = shots
         self._check()
+        self._groups = [group_of(shot) for shot in shots]
         # Filling in a split line is several times as fast as formatting it.
         self._lines = [option.format(letter=x, text="\0").split("\0") for x in LETTERS]
 
@@ -102,8 +104,8 @@ class PromptTemplate:
     def render(self, question: Question) -> Prompt:
         """Segments of the prompt of `question`, without BOS and without the answer.
 
-        A solved question that is asked itself is replaced by the spare one, so that no prompt
-        contains its own answer.
+        A solved question that is asked itself, or of which a copy is asked, is replaced by the
+        spare one, so that no prompt contains its own answer.
 
         Raises:
             ConfigError: If the template needs solved questions and was given none.
@@ -116,7 +118,7 @@ class PromptTemplate:
         The choice depends on `shot_seed` and the ids alone, not on the order of the rows.
 
         Args:
-            train: Questions to choose from; unlabelled ones are passed over.
+            train: Questions to choose from; unlabelled ones and copies are passed over.
 
         Raises:
             ConfigError: If there are not enough labelled questions.
@@ -124,14 +126,22 @@ class PromptTemplate:
         if not self.num_shots:
             return self
         labelled = [question for question in train if question.answer is not None]
-        if len(labelled) <= self.num_shots:
+        labelled.sort(key=lambda question: _rank(self.shot_seed, question.id))
+        chosen: dict[int, Question] = {}
+        for question in labelled:
+            if len(chosen) <= self.num_shots:
+                chosen.setdefault(group_of(question), question)
+        if len(chosen) <= self.num_shots:
             raise ConfigError(
                 f"prompt.num_shots={self.num_shots} needs {self.num_shots + 1} labelled training "
-                f"questions and there are {len(labelled)}: give data.train_file, or choose "
+                f"questions and there are {len(chosen)}: give data.train_file, or choose "
                 "prompt=harness."
             )
-        order = sorted(labelled, key=lambda question: _rank(self.shot_seed, question.id))
-        return self._copy(shots=tuple(order[: self.num_shots + 1]))
+        return self._copy(shots=tuple(chosen.values()))
+
+    def shown_to(self, question: Question) -> PromptTemplate:
+        """The same template with those solved questions alone that `question` is asked with."""
+        return self._copy(shots=self._chosen(question)) if self.num_shots else self
 
     def without_shots(self) -> PromptTemplate:
         """The same template with no solved questions in front."""
@@ -157,14 +167,23 @@ class PromptTemplate:
                 f"prompt.num_shots={self.num_shots} needs training questions to show and none are "
                 "known: give data.train_file, or choose prompt=harness."
             )
-        chosen = [shot for shot in self.shots if shot.id != question.id][: self.num_shots]
         return "".join(
             self.question_text(shot)
             + self.answer_prefix
             + LETTERS[shot.answer or 0]
             + self.separator
-            for shot in chosen
+            for shot in self._chosen(question)
         )
+
+    def _chosen(self, question: Question) -> tuple[Question, ...]:
+        """The solved questions in front of `question`."""
+        own = group_of(question)
+        others = [
+            shot
+            for shot, group in zip(self.shots, self._groups, strict=True)
+            if group != own and shot.id != question.id
+        ]
+        return tuple(others[: self.num_shots])
 
 
 class GemmaChatPrompt(PromptTemplate):

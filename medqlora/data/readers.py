@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from medqlora.hub import hub_error, offline_unless_reachable, resolve_path
 
 FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 """File name endings that are read."""
+
+_WHOLE = re.compile(r"-?\d+\.0")
 
 STDIN = "-"
 """Path that stands for JSON lines on standard input."""
@@ -53,7 +56,8 @@ def read_rows(path: str) -> RawRows:
             MedMCQA files do.
 
     Returns:
-        Its columns; a key that a JSON object lacks is None.
+        Its columns; a key that a JSON object lacks is None, the row numbers that pandas writes
+        into a CSV are left out, and so is the ".0" of ids that it made fractions of.
 
     Raises:
         DataError: If the file is missing, empty, damaged or not of the format its name says; the
@@ -81,6 +85,11 @@ def read_rows(path: str) -> RawRows:
             rows = read(text, path)
     if not len(rows):
         raise DataError(f"{path} holds no rows: give a file with at least one question.")
+    if "id" in rows.columns:
+        rows.columns["id"] = [
+            int(value) if isinstance(value, float) and value.is_integer() else value
+            for value in rows.columns["id"]
+        ]
     return rows
 
 
@@ -243,10 +252,15 @@ def _read_csv(text: TextIO, path: str) -> RawRows:
         ) from error
     transposed = zip(*values, strict=True) if values else ([] for _ in header)
     columns = dict(zip(header, map(list, transposed), strict=True))
+    if columns.get("") == [str(row) for row in range(number)]:
+        del columns[""]  # the index of a pandas table
     # A cell has no type: an empty one means that there is nothing in these columns.
     for key in ("cop", "id", "exp", "topic_name", "subject_name", "choice_type"):
         if key in columns:
             columns[key] = [value if value.strip() else None for value in columns[key]]
+    ids = columns.get("id", [])
+    if all(value is None or _WHOLE.fullmatch(value) for value in ids):
+        ids[:] = [value and value.removesuffix(".0") for value in ids]
     return RawRows(path, columns)
 
 

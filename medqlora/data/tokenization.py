@@ -128,9 +128,10 @@ class TextEncoder:
 
     @property
     def digest(self) -> str:
-        """Hash of the whole tokenizer."""
+        """Hash of the whole tokenizer, with the tokens that start and end a text."""
         with self._as_text():
-            return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+            content = f"{self.bos_id} {self.eos_id} {self._backend.to_str()}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def control_id(self, token: str) -> int:
         """Id of a control token.
@@ -430,6 +431,7 @@ def _truncate(
     question: Question, prompt: PromptTemplate, encoder: TextEncoder, room: int, limit: int
 ) -> list[int]:
     """Tokens of the question with the longest end of its stem that fits."""
+    prompt = prompt.shown_to(question)  # a cut stem no longer tells that it is a solved one's
 
     def encode(kept: int) -> list[int]:
         stem = question.stem[len(question.stem) - kept :]

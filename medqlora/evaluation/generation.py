@@ -60,8 +60,8 @@ def parse_letter(reply: str, options: Sequence[str]) -> int | None:
     3. "answer", "option", "choice" or "letter" followed by a capital letter ("The answer is (B)"),
        unless negated; several such places must agree.
 
-    A reply that starts with several letters ("A and C") names none. Neither the article in
-    "A patient ..." nor the genus in "E. coli" is a letter.
+    A reply that starts with several letters ("A and C") or states them ("The answer is A or C")
+    names none. Neither the article in "A patient ..." nor the genus in "E. coli" is a letter.
 
     Args:
         reply: What was generated after the prompt, without control tokens.
@@ -84,11 +84,12 @@ def parse_letter(reply: str, options: Sequence[str]) -> int | None:
         return same[0] if len(same) == 1 else None
     if (found := _LEADING.match(text) or _LEADING_DASH.match(text)) and not _genus(text, texts):
         return _index(found.group(1), len(options))
-    stated = {
-        match.group(1)
-        for match in _STATED.finditer(text)
-        if match.group(1).isupper() and not _NEGATED.search(text[: match.start()])
-    }
+    stated = set()
+    for match in _STATED.finditer(text):
+        if match.group(1).isupper() and not _NEGATED.search(text[: match.start()]):
+            if _SEVERAL.match(text[match.start(1) :]):
+                return None
+            stated.add(match.group(1))
     return _index(stated.pop(), len(options)) if len(stated) == 1 else None
 
 

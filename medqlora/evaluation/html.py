@@ -20,14 +20,15 @@ from medqlora.evaluation.search_figures import Trial, goodness, importances, sca
 from medqlora.evaluation.statistics import Comparison
 from medqlora.evaluation.sweep_figures import (
     KINDS,
-    UNKNOWING,
     Value,
     curve_interval,
+    curve_sizes,
     curves,
     is_scored,
     label_lines,
     label_places,
     milliseconds,
+    num_options,
     num_trainable,
     subject_table,
     weight_gb,
@@ -178,7 +179,7 @@ def _summary(page: _Page) -> str:
 
 
 def _cards(page: _Page) -> str:
-    settings = page.ablation.settings
+    settings = page.ablation.same
     if not settings:
         return (
             f"<p>No run has scored labelled questions of the {escape(page.ablation.split)} "
@@ -192,7 +193,9 @@ def _cards(page: _Page) -> str:
     sized = [(gb, s) for s in settings if (gb := s.mean(weight_gb)) is not None]
     html = "".join(
         f'<div class="card"><span>{escape(head)}</span><b>{_setting_link(page, s)}</b>'
-        f"<span>{escape(_interval_text(s))}, n={s.n}</span><span>{escape(s.name)}</span></div>"
+        f"<span>{escape(_interval_text(s))}, n={s.n}</span><span>{escape(s.name)}</span>"
+        + (f"<span>{escape(page.ablation.chosen)}</span>" if s is best else "")
+        + "</div>"
         for head, s in cards
     )
     html += (
@@ -208,7 +211,9 @@ def _cards(page: _Page) -> str:
             f"<b>{_linked(page, smallest, _bytes(gb))}</b>"
             f"<span>{escape(smallest.name)}</span></div>"
         )
-    return f'<div class="cards">{html}</div>'
+    rest = page.ablation.left_out
+    note = f'<p class="soft">{escape(rest.strip())}</p>' if rest else ""
+    return f'<div class="cards">{html}</div>{note}'
 
 
 def _setting_link(page: _Page, setting: Setting) -> str:
@@ -468,7 +473,7 @@ def _importance(shares: Mapping[str, float], metric: str) -> str:
 
 
 def _costs(page: _Page) -> str:
-    settings = page.ablation.settings
+    settings = page.ablation.same
     split = page.ablation.split
     kinds: list[tuple[str, Value]] = [
         ("weights, GB", weight_gb),
@@ -581,7 +586,7 @@ def _scatter(page: _Page, settings: Sequence[Setting], value: Value, xlabel: str
         f"<figure><h3>Accuracy (%) against {escape(xlabel)}</h3>{axes.svg(xlabel)}"
         f"<figcaption>Bars: 95 % interval. Line: majority letter {100 * majority:.1f} %. Dashed: "
         f"Pareto front. n={points[0][1].n}. {_legend_kinds(kinds)}"
-        "</figcaption></figure>"
+        f"{page.ablation.left_out}</figcaption></figure>"
     )
 
 
@@ -764,7 +769,7 @@ def _effects(page: _Page) -> str:
     effects = page.ablation.effects
     if not effects:
         return ""
-    majority = page.ablation.settings[0].majority_accuracy
+    majority = effects[0].majority_accuracy
     low = min(majority, *(e.interval.low for e in effects))
     high = max(majority, *(e.interval.high for e in effects))
     factors: dict[str, list[Effect]] = {}
@@ -873,31 +878,34 @@ def _learning(page: _Page) -> str:
     for key, head in keys.items():
         loss = key.endswith("loss")
         found = [
-            (entry, table[key])
+            (entry, table[key], [] if loss else curve_sizes(table, entry.run.metrics["val"]))
             for entry, table in tables
             if table.get(key) and (loss or is_scored(entry.run.metrics["val"]))
         ]
         if not found:
             continue
-        xs = [x for _, points in found for x, _ in points]
-        ys = [y for _, points in found for _, y in points]
-        ys += [UNKNOWING] if loss else _band_ends(found)
+        xs = [x for _, points, _ in found for x, _ in points]
+        ys = [y for _, points, _ in found for _, y in points]
+        letters = sorted({num_options(entry.run.metrics["val"]) for entry, *_ in found})
+        ys += [math.log(k) for k in letters] if loss else _band_ends(found)
         axes = _Axes(380, 250, (min(0.0, *xs), max(xs) or 1), _padded(ys, False))
         axes.frame("updates", percent=not loss)
         if loss:
-            axes.line("front", axes.left, axes.py(UNKNOWING), axes.right, axes.py(UNKNOWING))
-            axes.text(axes.right, axes.py(UNKNOWING) - 5, "ln 4: knowing nothing", "end", "soft")
+            for k in letters:
+                y = axes.py(math.log(k))
+                axes.line("front", axes.left, y, axes.right, y)
+                axes.text(axes.right, y - 5, f"ln {k}: knowing nothing", "end", "soft")
         else:
-            for y in {axes.py(e.run.metrics["val"]["majority_accuracy"]) for e, _ in found}:
+            for y in {axes.py(e.run.metrics["val"]["majority_accuracy"]) for e, *_ in found}:
                 axes.line("majority", axes.left, y, axes.right, y)
             opacity = max(0.3 / len(found), 0.03)  # the more of them overlap, the fainter
-            for entry, points in found:
+            for entry, points, sizes in found:
                 kind = colour[entry.setting].split()[0]
-                axes.parts.append(_band(page, axes, entry, points, kind, opacity))
-        for entry, points in found:
+                axes.parts.append(_band(page, axes, entry, points, sizes, kind, opacity))
+        for entry, points, sizes in found:
             places = [(axes.px(x), axes.py(y)) for x, y in points]
             step, last = points[-1]
-            value = f"{last:.3f}" if loss else _val_text(entry, last)
+            value = f"{last:.3f}" if loss else _val_text(entry, last, sizes[-1])
             tip = f"{entry.label}, {_seed(entry)}\n{key} at update {step:g}: {value}"
             common = (
                 f'data-setting="{page.number(entry.setting)}" data-tip="{escape(tip)}" '
@@ -923,16 +931,16 @@ def _learning(page: _Page) -> str:
     return f'<div class="plots">{figures}</div><div class="legend">{legend}</div>'
 
 
-_Curves = Sequence[tuple[Entry, Sequence[tuple[float, float]]]]
+_Curves = Sequence[tuple[Entry, Sequence[tuple[float, float]], Sequence[int]]]
 _Tables = Sequence[tuple[Entry, Mapping[str, Sequence[tuple[float, float]]]]]
 
 
 def _band_ends(found: _Curves) -> list[float]:
     """All that a plot of val accuracies has to hold."""
-    ends = [entry.run.metrics["val"]["majority_accuracy"] for entry, _ in found]
-    for entry, points in found:
-        n = entry.run.metrics["val"]["n"]
-        ends += [end for _, y in points for end in curve_interval(y, n)]
+    ends = [entry.run.metrics["val"]["majority_accuracy"] for entry, *_ in found]
+    for _, points, sizes in found:
+        for (_, y), n in zip(points, sizes, strict=True):
+            ends += curve_interval(y, n)
     return ends
 
 
@@ -941,13 +949,14 @@ def _band(
     axes: _Axes,
     entry: Entry,
     points: Sequence[tuple[float, float]],
+    sizes: Sequence[int],
     kind: str,
     opacity: float,
 ) -> str:
     """The intervals along a curve of val accuracies; of one point a bar."""
     lows, highs = [], []
-    for x, y in points:
-        low, high = curve_interval(y, entry.run.metrics["val"]["n"])
+    for (x, y), n in zip(points, sizes, strict=True):
+        low, high = curve_interval(y, n)
         lows.append(f"{axes.px(x)},{axes.py(low)}")
         highs.append(f"{axes.px(x)},{axes.py(high)}")
     area = f"fill: var(--c{kind[1:]}); fill-opacity: {opacity:.3f}; stroke: none"
@@ -958,19 +967,20 @@ def _band(
     )
 
 
-def _val_text(entry: Entry, accuracy: float) -> str:
+def _val_text(entry: Entry, accuracy: float, n: int) -> str:
     section = entry.run.metrics["val"]
-    low, high = curve_interval(accuracy, section["n"])
+    low, high = curve_interval(accuracy, n)
+    of_all = f" of all {section['n']}" if n != section["n"] else ""
     return (
         f"{100 * accuracy:.1f} %, 95 % interval [{100 * low:.1f}, {100 * high:.1f}]\n"
-        f"majority {_scaled(section['majority_accuracy'])} %, n={section['n']}"
+        f"majority {_scaled(section['majority_accuracy'])} %{of_all}, n={n}"
     )
 
 
 def _val_caption(found: _Curves, tables: _Tables) -> str:
-    sections = [entry.run.metrics["val"] for entry, _ in found]
+    sections = [entry.run.metrics["val"] for entry, *_ in found]
     majorities = ", ".join(dict.fromkeys(f"{_scaled(s['majority_accuracy'])} %" for s in sections))
-    sizes = ", ".join(dict.fromkeys(str(s["n"]) for s in sections))
+    sizes = ", ".join(map(str, sorted({n for *_, own in found for n in own})))
     left_out = sum("val/accuracy" in table for _, table in tables) - len(found)
     rest = f" {left_out} run(s) without a val score at the end are left out." if left_out else ""
     return (
@@ -980,7 +990,7 @@ def _val_caption(found: _Curves, tables: _Tables) -> str:
 
 
 def _subjects(page: _Page) -> str:
-    settings = page.ablation.settings
+    settings = page.ablation.same
     table = subject_table(settings, page.ablation.split)
     if not table:
         return ""
@@ -1021,7 +1031,8 @@ def _subjects(page: _Page) -> str:
     return (
         f'<div class="scroll"><table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>'
         f'{rows}</tbody></table></div><p class="soft">Accuracy in %, largest subjects first; each '
-        f"number shows its interval. Italic and unshaded: fewer than {SMALL} questions.</p>"
+        f"number shows its interval. Italic and unshaded: fewer than {SMALL} questions."
+        f"{page.ablation.left_out}</p>"
     )
 
 

@@ -58,6 +58,7 @@ EXCLUDED_KEYS = (
     "callbacks.*report*",
     "run",
     "of_run",
+    "choices",
     "evaluate.base",
     "evaluate.figures",
 )
@@ -411,13 +412,16 @@ def config_hash(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def is_folder(path: str) -> bool:
+    """Whether a value of `FOLDER_KEYS` is a folder; a hub name ("google/gemma-2b") is none."""
+    return path.startswith(("/", ".", "~")) or Path(path).is_absolute()
+
+
 def _reduce(value: Any, key: str, excluded: Sequence[str]) -> Any:
     if key in FILE_KEYS:
         return value is not None
     if key in FOLDER_KEYS and isinstance(value, str):
-        # A hub name ("google/gemma-2b") counts whole.
-        is_folder = value.startswith(("/", ".", "~")) or Path(value).is_absolute()
-        return Path(value).name if is_folder else value
+        return Path(value).name if is_folder(value) else value
     if isinstance(value, dict):
         below = {name: f"{key}.{name}" if key else name for name in value}
         return {

@@ -146,8 +146,8 @@ def permutation_section(
 
     Returns:
         `num_orders, num_questions, consistency, accuracy_by_order, mean_accuracy` with its
-        bootstrap interval by question (`ci_low, ci_high`), and `debiased`, the numbers of the
-        debiased predictions; and those predictions.
+        bootstrap interval by question (`ci_low, ci_high`; Wilson's where all questions agree), and
+        `debiased`, the numbers of the debiased predictions; and those predictions.
     """
     _, answer = score_arrays(predictions)
     combined = combine_permutations(scores, answer)
@@ -173,7 +173,11 @@ def permutation_section(
             ]
         )
         share = (option == answer).mean(axis=0)[labelled]
-        section["ci_low"], section["ci_high"] = bootstrap_mean(share)
+        section["ci_low"], section["ci_high"] = (
+            bootstrap_mean(share)
+            if np.ptp(share) > 0
+            else wilson_interval(round(float(share.sum())), len(share))
+        )
     return section, debiased
 
 

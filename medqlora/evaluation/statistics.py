@@ -223,13 +223,14 @@ def compare_seeds(
 
     Model: `correct[setting, seed, question] = accuracy[setting] + Seed[setting, seed] +
     Question[setting, question] + noise`, seeds and questions both random and crossed, so that the
-    answer holds for other seeds and other questions. The variance components are the balanced
-    analysis-of-variance (moment) estimates: the variance of the questions' mean differences, plus
-    what the runs' accuracies vary beyond the noise in them, cut at zero as REML does. The spread of
-    seeds is taken to be the same in both settings, so one of them may have a single run. p-value
-    and interval are Student's t with Satterthwaite's degrees of freedom. Where all questions differ
-    by the same and runs do not, that has no spread to go by: the p-value is the exact sign test's
-    of the questions, as `compare_runs` has it, and the interval has no width.
+    answer holds for other seeds and other questions. The variance is that of `crossed_variance`,
+    the spread of seeds taken to be the same in both settings, so that one of them may have a single
+    run; p-value and interval are Student's t. Two runs against one leave a single degree of freedom
+    for the seeds: Satterthwaite's number, itself estimated from it, would call equal settings
+    different in up to 10 % of cases, so t has that one degree then and tells large differences
+    alone. Where all questions differ by the same and runs do not, there is no spread to go by: the
+    p-value is the exact sign test's of the questions, as `compare_runs` has it, and the interval
+    has no width.
 
     Args:
         runs_a: One list of predictions for each seed of the first setting.
@@ -245,8 +246,8 @@ def compare_seeds(
             they scored different questions, or fewer than two questions are labelled.
 
     References:
-        Clark 1973, doi:10.1016/S0022-5371(73)80014-3 (both factors random); Satterthwaite 1946,
-        doi:10.2307/3002019; Miller 2024, arXiv:2411.00640 (paired differences between models).
+        Clark 1973, doi:10.1016/S0022-5371(73)80014-3 (both factors random); Miller 2024,
+        arXiv:2411.00640 (paired differences between models).
     """
     num_a, num_b = len(runs_a), len(runs_b)
     if min(num_a, num_b) < 1 or num_a + num_b < 3:
@@ -268,21 +269,25 @@ def compare_seeds(
 
     num_free = num_a + num_b - 2
     scale = 1 / num_a + 1 / num_b
-    between_runs = sum(_squares(a.mean(axis=1)) for a in (first, second)) / num_free
-    noise = sum(_residual_squares(a) for a in (first, second)) / (num_free * (n - 1))
-    seed_part = max(between_runs - noise / n, 0.0) * scale
-
-    variance = question_part + seed_part
+    run_part = scale * sum(_squares(a.mean(axis=1)) for a in (first, second)) / num_free
+    squares = sum(residual_squares(a) for a in (first, second))
+    noise_part = scale * squares / (num_free * (n - 1)) / n
+    variance, free = crossed_variance(question_part, run_part, noise_part, n, num_free)
     method = "crossed random effects of seed and question, Satterthwaite t"
     if variance == 0:
         interval = Interval(difference, difference)
         p_value = mcnemar_exact(int((by_question < 0).sum()), int((by_question > 0).sum()))
         method = "exact sign test of questions that all differ alike"
     else:
-        free = variance**2 / (question_part**2 / (n - 1) + seed_part**2 / num_free)
+        if num_free == 1:
+            free = 1.0
+            method = (
+                "crossed random effects of seed and question, t with 1 degree of freedom (three "
+                "runs are too few seeds to tell any but large differences)"
+            )
         error = variance**0.5
         low, high = stats.t.interval(LEVEL, free, loc=difference, scale=error)
-        interval = Interval(float(low), float(high))
+        interval = Interval(max(float(low), -1.0), min(float(high), 1.0))
         p_value = float(2 * stats.t.sf(abs(difference) / error, free))
     return Comparison(
         name_a=name_a,
@@ -300,6 +305,40 @@ def compare_seeds(
         num_seeds_b=num_b,
         method=method,
     )
+
+
+def crossed_variance(
+    question_part: float, run_part: float, noise_part: float, n: int, num_free: int
+) -> tuple[float, float]:
+    """Variance of a mean over seeds and questions, both random, and its degrees of freedom.
+
+    `question_part + run_part - noise_part`, for both of the first hold the noise of single answers;
+    neither falls below it, which cuts the components at zero as REML does. The degrees of freedom
+    are Satterthwaite's of that sum of mean squares, each taken as it is and not as what is left of
+    it: a seed component that comes out small, or as zero, is still known from few seeds alone.
+
+    Args:
+        question_part: Variance of the questions' means over the runs, divided by `n`.
+        run_part: Mean square of the runs' accuracies, as a part of the variance of the mean.
+        noise_part: Mean square of what neither runs nor questions explain, likewise.
+        n: Questions.
+        num_free: Degrees of freedom of the runs.
+
+    Returns:
+        Variance and degrees of freedom; the first is exactly 0 where nothing varies.
+
+    References:
+        Satterthwaite 1946, doi:10.2307/3002019; Clark 1973, doi:10.1016/S0022-5371(73)80014-3.
+    """
+    variance = max(question_part, noise_part) + max(run_part - noise_part, 0.0)
+    if variance < _DUST:
+        return 0.0, float(n - 1)
+    squares = question_part**2 / (n - 1) + run_part**2 / num_free
+    return variance, variance**2 / (squares + noise_part**2 / (num_free * (n - 1)))
+
+
+_DUST = 1e-15
+"""Below any variance of a mean: one question of 10^6 that one run of ten has makes 10^-14."""
 
 
 def compare_family(
@@ -417,7 +456,7 @@ def _squares(values: np.ndarray) -> float:
     return float(((values - values.mean()) ** 2).sum())
 
 
-def _residual_squares(table: np.ndarray) -> float:
+def residual_squares(table: np.ndarray) -> float:
     """Sum of squares that neither the rows' nor the columns' means explain."""
     rows, columns = table.mean(axis=1, keepdims=True), table.mean(axis=0, keepdims=True)
     return float(((table - rows - columns + table.mean()) ** 2).sum())

@@ -38,9 +38,6 @@ KINDS = {"trained": 0, "base": 1, "evaluated": 2}
 MAX_COLUMNS = 16
 """Settings a heat map or a labelled scatter shows; more would not be readable."""
 
-UNKNOWING = math.log(4)
-"""Loss in nats of knowing nothing about four letters."""
-
 Value = Callable[[RunResult], float | None]
 
 
@@ -59,7 +56,9 @@ def milliseconds(split: str) -> Value:
 
     def value(run: RunResult) -> float | None:
         timing = (run.metrics.get("scoring") or {}).get(split) or {}
-        n = run.metrics[split]["n"]
+        section = run.metrics[split]
+        # Those without a label take time as well.
+        n = (section["n"] or 0) + (section.get("num_unlabelled") or 0)
         return 1000 * timing["seconds"] / n if timing.get("seconds") and n else None
 
     return value
@@ -92,12 +91,30 @@ def is_scored(section: Mapping[str, Any]) -> bool:
     return bool(section["n"]) and section["majority_accuracy"] is not None
 
 
+def num_options(section: Mapping[str, Any]) -> int:
+    """Letters of a section's questions; knowing nothing about k of them is a loss of ln k nats."""
+    return round(1 / (section.get("random_accuracy") or 0.25))
+
+
+def curve_sizes(
+    table: Mapping[str, Sequence[tuple[float, float]]], section: Mapping[str, Any]
+) -> list[int]:
+    """Questions behind each point of ``val/accuracy``: as logged, else those of val at the end.
+
+    Args:
+        table: Curves of a run (`curves`).
+        section: `val` of its metrics.json.
+    """
+    logged = dict(table.get("val/n", ()))
+    return [int(logged.get(step, float(section["n"]))) for step, _ in table["val/accuracy"]]
+
+
 def curve_interval(accuracy: float, n: int) -> Interval:
     """95 % interval of an accuracy that was logged during training.
 
     Args:
         accuracy: As logged, a fraction.
-        n: Questions of val.
+        n: Questions that were scored.
     """
     return wilson_interval(round(accuracy * n), n)
 
@@ -229,12 +246,14 @@ def learning_figure(
     Args:
         runs: For each setting, the curves of its runs (`curves`).
         vals: `val` of metrics.json of the runs. Without baseline and one n of all there is no
-            validation accuracy.
+            validation accuracy. Where a validation logged its own n, as one of
+            `trainer.limit_val_batches` has, that one counts.
 
     Raises:
         ValueError: If no run logged any of them.
     """
     keys = {"train/loss": "training loss", "val/loss": "val loss", "val/accuracy": "val accuracy"}
+    letters = sorted({num_options(section) for section in vals}) or [4]
     vals = [section for section in vals if is_scored(section)]
     n = vals[0]["n"] if vals else 0
     if not n or any(section["n"] != n for section in vals):
@@ -246,6 +265,7 @@ def learning_figure(
         figure = Figure(figsize=(3.6 * len(shown) + 0.4, 3.8), layout="constrained")
         FigureCanvasAgg(figure)
         panels = np.atleast_1d(figure.subplots(1, len(shown)))
+    sizes: set[int] = set()
     for axes, key in zip(panels, shown, strict=True):
         for index, (name, tables) in enumerate(runs.items()):
             colour = COLOURS[index % len(COLOURS)]
@@ -263,7 +283,9 @@ def learning_figure(
                         label=name if number == 0 else None,
                     )
                 if points and key == "val/accuracy":
-                    ends = [curve_interval(y, n) for _, y in points]
+                    own = curve_sizes(table, vals[0])
+                    sizes.update(own)
+                    ends = [curve_interval(y, k) for (_, y), k in zip(points, own, strict=True)]
                     axes.fill_between(
                         [x for x, _ in points],
                         [end.low for end in ends],
@@ -272,13 +294,17 @@ def learning_figure(
                         alpha=max(0.3 / len(vals), 0.03),
                         linewidth=0,
                     )
-        if key.endswith("loss"):
+        for k in letters if key.endswith("loss") else ():
             axes.axhline(
-                UNKNOWING, color="black", linewidth=1, linestyle=":", label="knowing nothing: ln 4"
+                math.log(k),
+                color="black",
+                linewidth=1,
+                linestyle=":",
+                label=f"knowing nothing: ln {k}",
             )
         title = keys[key]
         if key == "val/accuracy":
-            title += f", n={n}, 95 % intervals"
+            title += f", n={', '.join(map(str, sorted(sizes)))}, 95 % intervals"
             for majority in dict.fromkeys(section["majority_accuracy"] for section in vals):
                 _baseline(axes, majority, horizontal=True)
         axes.set_title(title, loc="left")

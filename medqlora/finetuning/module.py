@@ -178,11 +178,11 @@ class MCQAModule(LightningModule):
         self._collector("test").reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/accuracy`` and ``val/loss``, in nats over the letters."""
+        """Log ``val/accuracy``, ``val/loss`` in nats over the letters, and ``val/n``."""
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/accuracy`` and ``test/loss``, in nats over the letters."""
+        """Log ``test/accuracy``, ``test/loss`` in nats over the letters, and ``test/n``."""
         self._log_metrics("test")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -231,9 +231,9 @@ class MCQAModule(LightningModule):
     def _log_metrics(self, split: str) -> None:
         metrics = cast(LetterMetrics, self.metrics[split])
         values = metrics.compute()
-        for name in ("accuracy", "loss"):
+        for name in ("accuracy", "loss", "n"):
             # torchmetrics has summed over the ranks: the mean of equal values changes nothing.
-            self.log(f"{split}/{name}", values[name].float(), prog_bar=True, sync_dist=True)
+            self.log(f"{split}/{name}", values[name].float(), prog_bar=name != "n", sync_dist=True)
         metrics.reset()
 
 

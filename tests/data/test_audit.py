@@ -7,7 +7,9 @@ import json
 import pytest
 
 from medqlora.data.audit import FINDERS, audit_questions, audit_rows, find, near_duplicates
+from medqlora.data.medmcqa import read_questions
 from medqlora.data.readers import read_rows
+from medqlora.errors import DataError
 from tests.data.data_tools import question, raw_row, write_jsonl
 
 
@@ -82,6 +84,30 @@ def test_contradictory_labels_are_a_finding_rather_than_the_end(tmp_path):
     assert both.summary["findings"]["mixed_label_base"] == 1
     assert both.summary["label_base"] is None
     assert both.summary["majority_share"] is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "finding"),
+    [([1, 2, None], "unknown_label_base"), ([0, 4, None], "mixed_label_base")],
+)
+def test_labels_of_an_unknown_base_are_labels(tmp_path, labels, finding):
+    """What train refuses in one line is found here, and only a row without a label has none."""
+    rows = [raw_row(i, cop=label) for i, label in enumerate([*labels, 9])]
+    report = audit_of(tmp_path, rows)
+    assert report.summary["findings"] | {"deleted_rt": 0} == dict.fromkeys(
+        report.summary["findings"], 0
+    ) | {finding: 1, "unlabelled": 1, "invalid_label": 1}
+    assert rows_of(report, "unlabelled") == [3]
+    assert report.summary["num_labelled"] == report.summary["splits"]["train"]["num_labelled"] == 2
+    assert report.summary["majority_letter"] is None
+    with pytest.raises(DataError) as refused:
+        read_questions(write_jsonl(tmp_path / "q.jsonl", rows[:3]))
+    [detail] = report.findings[report.findings.finding == finding].detail
+    assert detail == str(refused.value)
+    if finding == "unknown_label_base":
+        stated = audit_of(tmp_path, rows, label_base=1)
+        assert finding not in stated.summary["findings"]
+        assert stated.summary["letter_counts"] == {"A": 1, "B": 1, "C": 0, "D": 0}
 
 
 def test_letters_of_the_answers_give_the_constant_baselines(tmp_path):

@@ -11,12 +11,14 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
+from tokenizers import AddedToken
 
 from medqlora.config import CONFIG_DIR
 from medqlora.data import MedMCQADataModule, PromptTemplate, cache
+from medqlora.data.medmcqa import sample_rows
 from medqlora.data.packing import ROW_COST
 from medqlora.errors import CheckpointError, ConfigError, DataError
-from tests.data.data_tools import HARNESS, question, raw_row, write_jsonl
+from tests.data.data_tools import HARNESS, make_tokenizer, question, raw_row, write_jsonl
 
 
 @pytest.mark.parametrize("option", sorted(f.stem for f in (CONFIG_DIR / "data").glob("*.yaml")))
@@ -191,6 +193,25 @@ def test_truncated_questions_are_counted_and_said(tmp_path, make_data, caplog):
     assert data.num_truncated == 1
     assert "1 question(s) were longer than 120 tokens" in caplog.text
     assert data.max_length == 128
+
+
+@pytest.mark.parametrize("text", ["nerve " * 400, "\u00a7"])
+def test_question_that_is_left_out_stops_no_run(tmp_path, make_data, text):
+    """Options beyond the limit, or a character that is a control token."""
+    odd = make_tokenizer()
+    odd.add_tokens([AddedToken("\u00a7", special=False)])
+    rows = [raw_row(i, opa=text if i == 7 else "Facial") for i in range(12)]
+    options = {"train_file": write_jsonl(tmp_path / "q.jsonl", rows), "tokenizer": odd}
+    with pytest.raises((ConfigError, DataError)):
+        make_data(**options).setup()
+    for limit in range(11, 0, -1):
+        data = make_data(**options, limit_train=limit)
+        left = sample_rows([question(i) for i in range(12)], limit)
+        if 7 not in left:
+            data.setup()
+            assert len(data.questions["train"]) == limit
+            return
+    raise AssertionError("no limit leaves the question out")
 
 
 def test_changed_file_changes_the_hash(tmp_path, make_data):

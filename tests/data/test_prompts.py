@@ -200,6 +200,17 @@ def test_encoding_leaves_the_settings_of_the_tokenizer_alone(harness):
     assert tokenizer.backend_tokenizer.encode_special_tokens is False
 
 
+def test_digest_tells_tokenizers_apart_that_start_or_end_with_another_token():
+    """What is cached has BOS, and EOS behind an explanation."""
+    other = make_tokenizer()
+    digests = {TextEncoder(other).digest}
+    other.eos_token = "<end_of_turn>"
+    digests.add(TextEncoder(other).digest)
+    other.bos_token = "<start_of_turn>"
+    digests.add(TextEncoder(other).digest)
+    assert len(digests) == 3
+
+
 # --- letters --------------------------------------------------------------------------------------
 
 
@@ -363,6 +374,31 @@ def test_shots_depend_on_the_seed_and_not_on_the_order_of_the_rows():
     assert prompt.with_shots(train).shots == prompt.with_shots(train[::-1]).shots
     assert prompt.with_shots(train).shots != other.with_shots(train).shots
     assert prompt.with_shots(train).digest != other.with_shots(train).digest
+
+
+def test_a_copy_of_a_solved_question_is_not_shown_its_answer(tokenizer):
+    """Under another id, with other spacing, and where its stem is cut to fit."""
+    train = [question(i, stem=f"Why does the nerve number {i} hurt " * 9) for i in range(4)]
+    prompt = PromptTemplate(name="few", text=HARNESS, num_shots=2).with_shots(train)
+    shot = prompt.shots[0]
+    copy = question(shot.answer, id="copy", stem=shot.stem.upper() + " ?")
+    encoder = TextEncoder(tokenizer)
+    [whole] = encoder.encode_prompts([prompt.render(copy)])
+    for limit in (len(whole), len(whole) - 40):
+        tokens = tokenize_questions([copy], prompt, encoder, limit=limit).tokens
+        text = tokenizer.decode(tokens)
+        assert shot.stem not in text
+        assert text.count("Answer:") == 3
+
+
+def test_shots_are_different_questions():
+    """Else a copy of one of them could not be spared."""
+    copies = [question(i, stem="Which nerve?" + " " * i) for i in range(9)]
+    prompt = PromptTemplate(name="few", text=HARNESS, num_shots=1)
+    shots = prompt.with_shots([*copies, question(9)]).shots
+    assert {shot.stem.strip() for shot in shots} == {"Which nerve?", "Which nerve 9?"}
+    with pytest.raises(ConfigError, match=r"needs 2 .* and there are 1"):
+        prompt.with_shots(copies)
 
 
 def test_more_shots_than_questions_are_refused():

@@ -6,11 +6,13 @@ import csv
 import gzip
 import io
 import json
+import re
 
 import pandas as pd
 import pytest
 from huggingface_hub import constants
 
+from medqlora.config import compose
 from medqlora.data.medmcqa import parse_rows, read_questions
 from medqlora.data.readers import read_hub, read_rows
 from medqlora.errors import DataError
@@ -148,6 +150,51 @@ def test_ids_are_made_up_only_when_there_is_no_such_column(tmp_path):
     assert len({q.id for q in read_questions(write_jsonl(tmp_path / "q.jsonl", rows))}) == 3
 
 
+@pytest.mark.parametrize("name", ["q.csv", "q.parquet", "q.jsonl"])
+def test_whole_numbers_that_pandas_wrote_as_fractions_are_whole(tmp_path, name):
+    """One missing value makes numbers of a column floats."""
+    rows = [raw_row(i, id=float(i), cop=float(i % 4)) for i in range(6)]
+    rows[4]["cop"] = None
+    table = pd.DataFrame(rows)
+    write = {"csv": table.to_csv, "parquet": table.to_parquet}.get(name[2:])
+    if write is None:
+        table.to_json(tmp_path / name, orient="records", lines=True)
+    else:
+        write(tmp_path / name, index=False)
+    found = read_questions(str(tmp_path / name))
+    assert [question.id for question in found] == list("012345")
+    assert [question.answer for question in found] == [0, 1, 2, 3, None, 1]
+
+
+def test_ids_that_are_no_numbers_throughout_stay_as_they_are(tmp_path):
+    rows = [raw_row(i, id=name) for i, name in enumerate(["1.0", "1.1", "1.10", "2.0"])]
+    path = tmp_path / "q.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    assert [question.id for question in read_questions(str(path))] == ["1.0", "1.1", "1.10", "2.0"]
+    rows = [raw_row(i, id=i + 0.5) for i in range(3)]
+    fails(write_jsonl(tmp_path / "q.jsonl", rows), "row 1", "id=0.5")
+
+
+def test_the_row_numbers_that_pandas_writes_are_no_column(tmp_path):
+    table = pd.DataFrame([raw_row(i) for i in range(4)])
+    path = tmp_path / "q.csv"
+    table.to_csv(path)
+    assert [question.id for question in read_questions(str(path))] == ["q0", "q1", "q2", "q3"]
+    table[::2].to_csv(path)
+    fails(path, "unknown column ''", """'data.ignore_columns=[""]'""")
+    read_questions(str(path), ignore_columns=[""])
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "2024", "my, column"])
+def test_columns_of_any_name_can_be_ignored_as_is_said(tmp_path, name):
+    path = write_jsonl(tmp_path / "q.jsonl", [raw_row(i) | {name: "x"} for i in range(4)])
+    with pytest.raises(DataError) as refused:
+        read_questions(path)
+    [override] = re.findall("'(data.ignore_columns=.*)'", str(refused.value))
+    cfg = compose("train", ["data=files", f"data.train_file={path}", override])
+    assert len(read_questions(path, ignore_columns=cfg.data.ignore_columns)) == 4
+
+
 def test_numbers_are_texts_and_lists_are_refused(tmp_path):
     rows = [raw_row(0, opa=1, opb=2.5, opc=0, opd=-3)]
     path = write_jsonl(tmp_path / "q.jsonl", rows)
@@ -255,7 +302,7 @@ def test_stated_label_base_is_held_against_the_data(tmp_path):
     fails(path, "row 2", "contradicts data.label_base=0", label_base=0)
 
 
-@pytest.mark.parametrize("label", [5, -2, "A", 1.5, True, [0]])
+@pytest.mark.parametrize("label", [5, -2, "A", 1.5, "0.5", "1e0", True, [0]])
 def test_impossible_labels_name_the_row(tmp_path, label):
     path = write_jsonl(tmp_path / "q.jsonl", [raw_row(0), raw_row(1, cop=label)])
     fails(path, "row 2", "cop=")
@@ -281,5 +328,5 @@ def test_rows_with_four_and_with_five_options_do_not_mix(tmp_path):
 
 
 def test_column_of_empty_fifth_options_is_no_fifth_option(tmp_path):
-    rows = [raw_row(0, ope=None), raw_row(1, ope="")]
+    rows = [raw_row(0, ope=None), raw_row(1, ope=""), raw_row(2, ope="  ")]
     assert len(read_questions(write_jsonl(tmp_path / "q.jsonl", rows))[0].options) == 4

@@ -47,6 +47,8 @@ def test_cut_larger_than_the_data_is_refused():
 def test_normalised_copies_are_one_group():
     assert normalise("Which, nerve?  ") == normalise("which NERVE")
     assert normalise("Straße_1") == normalise("STRASSE 1")
+    assert normalise("Me\u0301nie\u0300re") == normalise("M\u00e9ni\u00e8re")
+    assert normalise("\uff2b\uff0b of the \ufb01bre") == normalise("K+ of the fibre")
 
 
 def test_limited_set_is_the_same_whatever_the_row_order():
@@ -101,6 +103,7 @@ def test_pool_is_cut_into_all_three_splits_without_unlabelled_rows(tmp_path, mak
         "test": 25,
     }
     assert all(q.answer is not None for split in data.questions.values() for q in split)
+    assert data.dropped == {"unlabelled": 10}
 
 
 def test_unlabelled_train_rows_are_refused_and_unlabelled_test_rows_are_not(tmp_path, make_data):
@@ -158,6 +161,25 @@ def test_copy_leaves_train_rather_than_test(tmp_path, make_data):
     data.setup()
     assert len(data.questions["test"]) == 1
     assert "q7" not in {q.id for q in data.questions["train"]}
+
+
+def test_training_questions_that_are_scored_as_well_are_said(tmp_path, make_data, caplog):
+    """Without ids nothing else tells a file that is given twice."""
+    rows = [{k: v for k, v in raw_row(i).items() if k != "id"} for i in range(30)]
+    file = write_jsonl(tmp_path / "q.jsonl", rows)
+    # The same stem with other options is another question.
+    other = write_jsonl(tmp_path / "o.jsonl", [rows[0] | {"opa": "other"}])
+    for test_file, options, repeated in (
+        (file, {}, 30),
+        (file, {"limit_test": 7}, 7),
+        (file, {"limit_train": 0}, 0),
+        (other, {}, 0),
+    ):
+        caplog.clear()
+        make_data(train_file=file, test_file=test_file, **options).setup()
+        said = f"{repeated} of 30 training questions stand in val or test as well"
+        assert (said in caplog.text) == bool(repeated)
+        assert ("data.decontaminate=true" in caplog.text) == bool(repeated)
 
 
 def test_decontamination_removes_near_duplicates_from_train_alone(tmp_path, make_data):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from medqlora.errors import ConfigError
-from medqlora.evaluation.sections import base_nll_groups, fit_on, paired_section
+from medqlora.evaluation.sections import (
+    base_nll_groups,
+    fit_on,
+    paired_section,
+    permutation_section,
+)
+from medqlora.evaluation.statistics import wilson_interval
 from medqlora.schema import Prediction
 
 
@@ -60,3 +66,14 @@ def test_a_temperature_is_fitted_on_the_labelled_questions_alone():
     assert alone is not None
     assert alone[0] > 1
     assert alone[1] == 40
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_orders_that_all_agree_are_no_more_certain_than_their_questions(count):
+    given = predictions(count, sharpness=9.0)
+    shown = np.full((4, count, 4), -9.0)
+    for order in range(4):
+        shown[order, :, -order % 4] = 0.0  # option A, wherever it stands
+    section, _ = permutation_section(given, shown)
+    assert section["mean_accuracy"] == 1
+    assert (section["ci_low"], section["ci_high"]) == wilson_interval(count, count)

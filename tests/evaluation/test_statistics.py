@@ -237,14 +237,17 @@ def test_mixed_comparison_has_the_moment_estimates_of_a_two_way_analysis(seeds, 
     first, second = tables
     squares = [_two_way(table) for table in tables if len(table) > 1]
     free_runs = sum(seeds) - 2
-    mean_square_runs = sum(runs for runs, _ in squares) / free_runs
-    mean_square_noise = sum(rest for _, rest in squares) / (free_runs * (n - 1))
-    seed_variance = (mean_square_runs - mean_square_noise) / n
-    assert seed_variance > 0.01
-    from_seeds = seed_variance / seeds[0] + seed_variance / seeds[1]
+    scale = (1 / seeds[0] + 1 / seeds[1]) / n
+    from_runs = scale * sum(runs for runs, _ in squares) / free_runs
+    from_noise = scale * sum(rest for _, rest in squares) / (free_runs * (n - 1))
+    assert from_runs - from_noise > 0.01 * n * scale
     from_questions = np.var(second.mean(axis=0) - first.mean(axis=0), ddof=1) / n
-    error = np.sqrt(from_seeds + from_questions)
-    free = error**4 / (from_questions**2 / (n - 1) + from_seeds**2 / free_runs)
+    error = np.sqrt(max(from_questions, from_noise) + from_runs - from_noise)
+    free = error**4 / (
+        from_questions**2 / (n - 1)
+        + from_runs**2 / free_runs
+        + from_noise**2 / (free_runs * (n - 1))
+    )
     difference = second.mean() - first.mean()
     reach = stats.t.ppf(0.975, free) * error
 
@@ -252,13 +255,58 @@ def test_mixed_comparison_has_the_moment_estimates_of_a_two_way_analysis(seeds, 
     result = compare_seeds(runs_a, runs_b, name_a="one", name_b="other")
     assert result.difference == pytest.approx(difference)
     assert (result.ci_low, result.ci_high) == pytest.approx(
-        (difference - reach, difference + reach)
+        (max(difference - reach, -1), min(difference + reach, 1))
     )
     assert result.p_value == pytest.approx(2 * stats.t.sf(abs(difference) / error, free))
     assert (result.accuracy_a, result.accuracy_b) == pytest.approx((first.mean(), second.mean()))
     assert (result.name_a, result.name_b, result.n) == ("one", "other", n)
     assert (result.num_seeds_a, result.num_seeds_b) == seeds
     assert result.method == "crossed random effects of seed and question, Satterthwaite t"
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (1, 3), (2, 2), (3, 3)])
+def test_equal_settings_are_called_different_in_five_of_a_hundred_cases(seeds):
+    """However few the seeds: 8 % or less of 300 draws, which is 2.4 standard errors above 5 %."""
+    rng, n = np.random.default_rng(1), 450
+    called = 0
+    for _ in range(300):
+        ease = rng.normal(0, 1, n)
+
+        def runs(number, ease=ease):
+            own = rng.normal(0, 0.15, (number, 1)) + rng.normal(0, 0.4, (number, n))
+            return [_predict(row) for row in ease + own > 0.3]
+
+        called += compare_seeds(runs(seeds[0]), runs(seeds[1])).p_value < 0.05
+    assert called <= 24
+
+
+def test_two_seeds_against_one_run_are_said_to_tell_large_differences_alone():
+    rng = np.random.default_rng(2)
+    one, *two = (_predict(rng.random(300) < chance) for chance in (0.3, 0.6, 0.7))
+    result = compare_seeds([one], two)
+    assert "too few seeds" in result.method
+    assert -1 <= result.ci_low <= 0 <= result.ci_high <= 1
+    assert result.p_value > 0.05
+
+
+def test_questions_that_differ_by_the_same_on_average_are_not_certain():
+    """Each of three seeds has other 20 of 30 right: the means vary by rounding, the answers do."""
+    wrong = [_predict([0] * 30)] * 3
+    right = [_predict([(i + seed) % 3 > 0 for i in range(30)]) for seed in range(3)]
+    result = compare_seeds(wrong, right)
+    assert result.difference == pytest.approx(2 / 3)
+    assert 0 < result.p_value < 0.05
+    assert result.ci_low == pytest.approx(0.667 - 0.123, abs=0.005)
+    assert result.ci_high == pytest.approx(0.667 + 0.123, abs=0.005)
+
+
+def test_the_interval_of_a_difference_stays_within_its_range():
+    n = 60
+    poor = [_predict(np.arange(n) < m) for m in (0, 1, 20)]
+    good = [_predict(np.arange(n) < m) for m in (40, 60, 60)]
+    result = compare_seeds(poor, good)
+    assert result.ci_high == 1
+    assert compare_seeds(good, poor).ci_low == -1
 
 
 @pytest.mark.parametrize(("n", "p_value"), [(2, 0.5), (3, 0.25), (10, 2**-9)])
