@@ -118,6 +118,15 @@ def test_an_adapter_folder_scores_as_the_run_it_came_from(trained, score, option
     assert_same_scores(of_run.run_dir, of_folder.run_dir, 1e-6)
 
 
+def repeat(run_command, first, second):
+    """An evaluation again, from the config that it has written."""
+    ended = run_command(
+        "evaluate", "--config-path", str(first), "--config-name", "config",
+        f"hydra.run.dir={second}",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+
+
 @pytest.mark.parametrize("more", [[], ["peft=none"]], ids=["adapter", "base"])
 def test_the_config_of_an_evaluation_repeats_it(trained, run_command, tmp_path, more):
     first, second = tmp_path / "first", tmp_path / "second"
@@ -126,11 +135,7 @@ def test_the_config_of_an_evaluation_repeats_it(trained, run_command, tmp_path, 
         f"hydra.run.dir={first}",
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    ended = run_command(
-        "evaluate", "--config-path", str(first), "--config-name", "config",
-        f"hydra.run.dir={second}",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
+    repeat(run_command, first, second)
     assert_same_scores(first, second, 0)
     once, again = read_run(first).metrics, read_run(second).metrics
     for key in ("config_hash", "test", "calibration", "paired"):
@@ -207,11 +212,7 @@ def test_options_that_came_from_a_run_are_named_as_the_run_has_them(trained, run
     given = ["data.limit_test=5", "prompt=letters", "evaluate.figures=false"]
     ended = run_command("evaluate", f"run={path}", *given, f"hydra.run.dir={first}")
     assert ended.code == 0, ended.err
-    ended = run_command(
-        "evaluate", "--config-path", str(first), "--config-name", "config",
-        f"hydra.run.dir={second}",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
+    repeat(run_command, first, second)
     once, again = read_run(first).metrics, read_run(second).metrics
     expected = {"quant": "nf4_fp32", "data": "files", "model": "m"}
     assert once["choices"].items() >= (expected | {"prompt": "letters"}).items()
