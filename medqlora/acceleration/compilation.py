@@ -169,15 +169,17 @@ def accelerate(
     if mode != "none":
         _configure_compiler()
     reason = why_not_fused(model) if options.fused != "off" else "acceleration.fused=off"
-    told = [option for option in options.of_fast_path if reason is not None]
-    if told:
+    if reason is not None and options.of_fast_path:
         raise ConfigError(
-            f"acceleration.{told[0]} cannot take effect because {reason}. Leave it out, or change "
-            "that."
+            f"acceleration.{options.of_fast_path[0]} cannot take effect because {reason}. Leave it "
+            "out, or change that."
         )
     if mode == "cuda_graphs" and (obstacle := _why_not_recorded(model, options, reason is None)):
         if options.compile == "cuda_graphs":
-            raise ConfigError(f"acceleration.compile=cuda_graphs cannot record {obstacle}.")
+            raise ConfigError(
+                f"acceleration.compile=cuda_graphs cannot record {obstacle}. Set "
+                "acceleration.compile=auto."
+            )
         mode = "default"
     if reason is None:
         enable_fused(
@@ -200,31 +202,21 @@ def accelerate(
 
 
 def _why_not_recorded(model: nn.Module, options: Acceleration, fused: bool) -> str | None:
-    """Why the passes of a model that learns are not recorded, and what helps.
-
-    Returns:
-        The reason, to follow "cannot record"; None if they can, or if nothing is learned.
-    """
+    """What of the passes of a model that learns cannot be recorded; None if nothing is."""
     learned = [p for p in model.parameters() if p.requires_grad]
     if not learned:
         return None
-    if options.gradient_checkpointing and drops_inputs(model):
+    draws = drops_inputs(model) and not (fused and options.dropout_per == "row")
+    if options.gradient_checkpointing and draws:
         # That restores the state of the generator, which a recorded pass cannot.
         again = "layers that are computed again and drop other inputs for each token"
-        if not fused:
-            return f"{again}. Set acceleration.compile=auto"
-        if options.dropout_per == "token":
-            return f"{again}. Set acceleration.dropout_per=row or acceleration.compile=auto"
+        return f"{again}, as acceleration.dropout_per=row does not" if fused else again
     if fused:
         return None
-    if (waits := _what_waits(find_backbone(model))) is not None:
-        return f"{waits}. Set acceleration.compile=auto"
-    if (num_bytes := sum(p.nbytes for p in learned)) > MOST_GRADIENTS:
-        return (
-            f"gradients of {num_bytes / 1e9:.1f} GB, which it would keep twice. Set "
-            "acceleration.compile=auto"
-        )
-    return None
+    num_bytes = sum(p.nbytes for p in learned)
+    if num_bytes > MOST_GRADIENTS:
+        return f"gradients of {num_bytes / 1e9:.1f} GB, which it would keep twice"
+    return _what_waits(find_backbone(model))
 
 
 def _what_waits(backbone: Any) -> str | None:

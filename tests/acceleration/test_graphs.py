@@ -71,7 +71,7 @@ def recording(monkeypatch):
     return errors
 
 
-def test_what_is_tried_before_recording_draws_nothing(recording, monkeypatch):
+def test_what_is_tried_before_recording_draws_nothing(recording):
     """So that a run that goes on, and records again, drops what it would have dropped."""
     model, drawn = Weighted(), []
 
@@ -112,7 +112,7 @@ def test_a_pass_that_cannot_be_recorded_runs_where_that_was_not_demanded(recordi
     assert caplog.text.count("could not record a pass of this model (Cannot copy") == 1
 
 
-def test_a_pass_that_ran_again_before_its_backward_pass_is_refused(recording, monkeypatch):
+def test_a_pass_that_ran_again_before_its_backward_pass_is_refused(recording):
     """Its gradients would be those of the second row, or of a mixture."""
     model = Weighted()
     recorded = graphs.RecordedPass(lambda row: model(row, 4, 0), ROW, [model.weight])
