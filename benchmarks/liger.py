@@ -105,7 +105,10 @@ def pieces(tokens: int) -> Iterator[Piece]:
     yield Piece(
         "rotation",
         lambda query, key: liger_rotation(query, key, cosine, sine),
-        lambda query, key: fused.rotate(query, key, cosine, sine),
+        lambda query, key: (
+            fused.rotate(query, cosine, sine),
+            fused.rotate(key, cosine, sine),
+        ),
         (query, key),
         turned,
         turned,

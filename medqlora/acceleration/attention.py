@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ PACKED_ATTENTION = "medqlora_packed"
 BATCHES = 4
 """Batches that the questions of a row are padded in: the more, the less padding, the more calls."""
 
-SHORT = 256
+SHORT = 512
 """Tokens of the longest questions that the CPU attends to by plain products."""
 
 _VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
@@ -191,17 +192,17 @@ def _padded(
 ) -> Tensor:
     """The same through batches padded on the right, which causal attention never looks at."""
     num_tokens, dtype = query.shape[0], query.dtype
+    layout = _layout_of(cu_seqlens, prefix_length)  # pyright: ignore[reportCallIssue]
+    if not query.is_cuda and all(length <= SHORT for _, length in layout.shapes):
+        factor = 1 / math.sqrt(query.shape[2]) if scale is None else scale
+        return _ShortAttention.apply(query, key, value, layout, factor)
     if query.device.type == "cpu":
         # In 16 bit the backward pass takes ten times as long there.
         query, key, value = query.float(), key.float(), value.float()
-    layout = _layout_of(cu_seqlens, prefix_length)  # pyright: ignore[reportCallIssue]
-    sizes = [num_lines * length for num_lines, length in layout.shapes]
-    queries, keys, values = (_Spread.apply(t, layout).split(sizes) for t in (query, key, value))
-    attended = []
-    for shape, *batch in zip(layout.shapes, queries, keys, values, strict=True):
-        attend = _attend_short if not query.is_cuda and shape[1] <= SHORT else _attend
-        q, k, v = (t.unflatten(0, shape) for t in batch)
-        attended.append(attend(q, k, v, scale).flatten(0, 1))
+    queries, keys, values = (_laid_out(t, layout) for t in (query, key, value))
+    attended = [
+        _attend(*batch, scale).flatten(0, 1) for batch in zip(queries, keys, values, strict=True)
+    ]
     return _Collect.apply(torch.cat(attended), layout, num_tokens).to(dtype)
 
 
@@ -218,32 +219,128 @@ def _attend(
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
 
-def _attend_short(
-    query: Float[Tensor, "line place head width"],
-    key: Float[Tensor, "line place kv_head width"],
-    value: Float[Tensor, "line place kv_head width"],
-    scale: float | None,
-) -> Float[Tensor, "line place head width"]:
-    """The same as plain products, whose weights are kept for the backward pass.
+class _ShortAttention(torch.autograd.Function):
+    """The same for questions of few tokens on the CPU, as products whose weights are kept.
 
-    All query heads that share a key are rows of one product. Where that is all heads, as in
-    Gemma-2B, nothing is copied for it.
+    Computes in float32. Of each batch nothing as large as its weights is made twice: on the CPU
+    new memory takes longer to get than to fill.
     """
-    num_lines, length, num_kv_heads, width = key.shape
-    group = query.shape[2] // num_kv_heads
-    q = query.unflatten(2, (num_kv_heads, group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    k, v = (t.transpose(1, 2).flatten(0, 1) for t in (key, value))
-    unseen = _causal_mask(SHORT, group, key.dtype)[:, : length * group, :length]
-    factor = 1 / math.sqrt(width) if scale is None else scale
-    with torch.autocast(key.device.type, enabled=False):
-        out = torch.baddbmm(unseen, q, k.mT, alpha=factor).softmax(-1) @ v
-    return out.view(num_lines, num_kv_heads, length, group, width).transpose(1, 2).flatten(2, 3)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Float[Tensor, "token head width"],
+        key: Float[Tensor, "token kv_head width"],
+        value: Float[Tensor, "token kv_head width"],
+        layout: _Layout,
+        scale: float,
+    ) -> Float[Tensor, "token head width"]:
+        ctx.layout, ctx.scale, ctx.num_kv_heads = layout, scale, key.shape[1]
+        out, kept = query.new_empty(len(layout.token), *query.shape[1:]), []
+        for place, lines in layout.batches():
+            token = layout.token[place]
+            q, k, v = (
+                _by_key(t.index_select(0, token).float().unflatten(0, lines), key.shape[1])
+                for t in (query, key, value)
+            )
+            weights = torch.empty(*q.shape[:2], k.shape[1])
+            torch.baddbmm(weights, q, k.mT, beta=0, alpha=scale, out=weights)
+            weights += _causal_mask(SHORT, q.shape[1] // k.shape[1])[:, : q.shape[1], : k.shape[1]]
+            torch.softmax(weights, -1, out=weights)
+            _write(out[place].unflatten(0, lines), torch.bmm(weights, v))
+            kept += [q, k, v, weights]
+        ctx.save_for_backward(*kept)
+        return _taken(out, layout.place, query.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        layout, scale, num_kv_heads = ctx.layout, ctx.scale, ctx.num_kv_heads
+        grad, kept = grad_outputs[0], iter(ctx.saved_tensors)
+        of_out = _placed(grad, layout)
+        of_query = torch.empty_like(of_out)
+        of_key, of_value = (
+            grad.new_empty(len(layout.token), num_kv_heads, grad.shape[2]) for _ in "kv"
+        )
+        for place, lines in layout.batches():
+            q, k, v, weights = (next(kept) for _ in range(4))
+            g = _by_key(of_out[place].float().unflatten(0, lines), num_kv_heads)
+            of_scores = torch.bmm(g, v.mT)
+            torch.ops.aten._softmax_backward_data.out(
+                of_scores, weights, -1, weights.dtype, grad_input=of_scores
+            )
+            for whole, gradient in (
+                (of_query, torch.baddbmm(q, of_scores, k, beta=0, alpha=scale)),
+                (of_key, torch.baddbmm(k, of_scores.mT, q, beta=0, alpha=scale)),
+                (of_value, torch.bmm(weights.mT, g)),
+            ):
+                _write(whole[place].unflatten(0, lines), gradient)
+        gradients = (_gathered(t, layout, grad.shape[0]) for t in (of_query, of_key, of_value))
+        return *gradients, None, None
+
+
+def _by_key(
+    x: Float[Tensor, "line place head width"], num_kv_heads: int
+) -> Float[Tensor, "line_and_kv_head row width"]:
+    """All heads that share a key as rows of one matrix; a view where that is all heads."""
+    return x.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def _write(
+    place: Float[Tensor, "line place head width"], x: Float[Tensor, "line_and_kv_head row width"]
+) -> None:
+    """The inverse of `_by_key`, written where it belongs."""
+    num_lines, length, _, width = place.shape
+    split = x.view(num_lines, x.shape[0] // num_lines, length, -1, width)
+    place.view(num_lines, length, split.shape[1], -1, width).copy_(split.transpose(1, 2))
+
+
+def kept_attention(
+    query: Float[Tensor, "kept head width"],
+    key: Float[Tensor, "token kv_head width"],
+    value: Float[Tensor, "token kv_head width"],
+    keep: Int[Tensor, " kept"],
+    cu_seqlens: Int[Tensor, " boundary"],
+    scale: float,
+    prefix_length: int = 0,
+) -> Float[Tensor, "kept head width"]:
+    """`packed_attention` of some tokens only, such as the last of each question; in float32.
+
+    Args:
+        query: Queries of these tokens.
+        key: Keys of all tokens.
+        value: Values of all tokens.
+        keep: The tokens, none behind the last question.
+        cu_seqlens: As for `packed_attention`.
+        scale: Factor on the scores.
+        prefix_length: As for `packed_attention`.
+
+    Returns:
+        Attention outputs of these tokens.
+    """
+    layout = _layout_of(cu_seqlens, prefix_length)  # pyright: ignore[reportCallIssue]
+    places, kv_heads, width = layout.place[keep], key.shape[1], query.shape[2]
+    keys, values = (_laid_out(t, layout) for t in (key, value))
+    attended, order = [], []
+    for (batch, (_, length)), k, v in zip(layout.batches(), keys, values, strict=True):
+        here = ((places >= batch.start) & (places < batch.stop)).nonzero()[:, 0]
+        inside = places[here] - batch.start
+        line, last = inside // length, inside % length
+        q = query.index_select(0, here).float().view(len(here) * kv_heads, -1, width)
+        k, v = (_by_key(t.index_select(0, line).float(), kv_heads) for t in (k, v))
+        unseen = (
+            torch.arange(length, device=keep.device) > last.repeat_interleave(kv_heads)[:, None]
+        )
+        scores = torch.bmm(q * scale, k.mT).masked_fill(unseen[:, None], float("-inf"))
+        attended.append(torch.bmm(scores.softmax(-1), v).view(len(here), -1, width))
+        order.append(here)
+    back = torch.cat(order).argsort()
+    return torch.cat(attended).index_select(0, back).to(query.dtype)
 
 
 @functools.cache
-def _causal_mask(length: int, group: int, dtype: torch.dtype) -> Float[Tensor, "one row place"]:
+def _causal_mask(length: int, group: int) -> Float[Tensor, "one row place"]:
     """0 where a query sees a place and minus infinity where it does not; `group` rows a place."""
-    unseen = torch.full((length, length), float("-inf"), dtype=dtype).triu(1)
+    unseen = torch.full((length, length), float("-inf")).triu(1)
     return unseen.repeat_interleave(group, dim=0)[None]
 
 
@@ -292,6 +389,13 @@ class _Layout(NamedTuple):
         place[tokens[places]] = places
         return cls(shapes, tokens, place, first)
 
+    def batches(self) -> Iterator[tuple[slice, tuple[int, int]]]:
+        """Where the places of each batch lie, and its lines and width."""
+        begin = 0
+        for lines, length in self.shapes:
+            yield slice(begin, begin + lines * length), (lines, length)
+            begin += lines * length
+
 
 _LAYOUTS = WeakTensorKeyDictionary()
 
@@ -318,12 +422,22 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        grad, (*_, place, shared) = grad_outputs[0], ctx.layout
-        rows = _taken(grad, place, ctx.num_tokens)
-        if (prefix_length := shared.shape[1]) > 0:
-            of_questions = grad.index_select(0, shared.flatten())
-            rows[:prefix_length] = of_questions.unflatten(0, shared.shape).sum(0)
-        return rows, None
+        return _gathered(grad_outputs[0], ctx.layout, ctx.num_tokens), None
+
+
+def _laid_out(rows: Tensor, layout: _Layout) -> list[Tensor]:
+    """Tokens laid out in each batch: (line, place, head, width)."""
+    laid_out = _Spread.apply(rows, layout)
+    return [laid_out[place].unflatten(0, lines) for place, lines in layout.batches()]
+
+
+def _gathered(laid_out: Tensor, layout: _Layout, num_tokens: int) -> Tensor:
+    """Gradients of tokens that were laid out; those of a shared token are added up."""
+    rows, shared = _taken(laid_out, layout.place, num_tokens), layout.shared
+    if (prefix_length := shared.shape[1]) > 0:
+        of_questions = laid_out.index_select(0, shared.flatten())
+        rows[:prefix_length] = of_questions.unflatten(0, shared.shape).sum(0)
+    return rows
 
 
 class _Collect(torch.autograd.Function):
@@ -331,14 +445,18 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, laid_out: Tensor, layout: _Layout, num_tokens: int) -> Tensor:
-        ctx.place, ctx.num_places = layout.place, laid_out.shape[0]
+        ctx.layout = layout
         return _taken(laid_out, layout.place, num_tokens)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad_outputs[0][: len(ctx.place)]
-        zeros = grad.new_zeros(ctx.num_places, *grad.shape[1:])
-        return zeros.index_copy_(0, ctx.place, grad), None, None
+        return _placed(grad_outputs[0], ctx.layout), None, None
+
+
+def _placed(grad: Tensor, layout: _Layout) -> Tensor:
+    """Gradients of tokens at the places where these are read; zeros elsewhere."""
+    zeros = grad.new_zeros(len(layout.token), *grad.shape[1:])
+    return zeros.index_copy_(0, layout.place, grad[: len(layout.place)])
 
 
 def _taken(laid_out: Tensor, place: Tensor, num_tokens: int) -> Tensor:

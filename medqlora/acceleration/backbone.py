@@ -130,7 +130,7 @@ class RecordedLayers:
 
     Args:
         model: What learns, in 16 bit.
-        demanded: Whether a pass that cannot be recorded is an error; it just runs if not.
+        demanded: As for `RecordedPasses`.
     """
 
     def __init__(self, model: nn.Module, *, demanded: bool) -> None:

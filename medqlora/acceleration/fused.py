@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medqlora.acceleration.attention import cover_padding, packed_attention
+from medqlora.acceleration.attention import cover_padding, kept_attention, packed_attention
 from medqlora.acceleration.backbone import (
     Checkpointing,
     behind,
@@ -347,38 +347,52 @@ def attention_block(
     """The first half of a layer, added to its input; see `decoder_layer`."""
     x = rms_norm(hidden, layer.input_norm, sizes.eps)
     width = sizes.num_heads * sizes.head_dim
-    query = _linear(x, layer.q, width, sizes.width, sizes)
-    key = _linear(x, layer.k, sizes.kv_width, sizes.width, sizes)
-    query, key = rotate(query, key, cosine, sine)
+    key = rotate(_linear(x, layer.k, sizes.kv_width, sizes.width, sizes), cosine, sine)
     value = _linear(x, layer.v, sizes.kv_width, sizes.width, sizes)
-    attended = _attention(query, key, value, boundaries, sizes)
     if keep is not None:
-        hidden, attended = hidden.index_select(0, keep), attended.index_select(0, keep)
+        hidden = hidden.index_select(0, keep)
+        if not x.is_cuda:  # the kernel takes whole questions
+            x, cosine, sine = (t.index_select(0, keep) for t in (x, cosine, sine))
+    query = rotate(_linear(x, layer.q, width, sizes.width, sizes), cosine, sine)
+    attended = _attention(query, key, value, boundaries, keep, sizes)
     if _adds_in_place(hidden, layer.o, sizes):
         hidden = hidden.clone()  # the input is the caller's
     return _add_linear(hidden, attended, layer.o, sizes.width, width, sizes)
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, sizes: Sizes
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    keep: Tensor | None,
+    sizes: Sizes,
 ) -> Tensor:
-    if query.is_cuda:
-        scale = sizes.head_dim**-0.5
-        return torch.ops.medqlora.question_attention(
-            query, key, value, boundaries, sizes.num_heads, scale, sizes.prefix_length
-        )[0]
-    return _uncompiled_attention(query, key, value, boundaries, sizes)  # pyright: ignore[reportCallIssue]
+    """Of the tokens to keep; on the CPU `query` is theirs alone."""
+    if not query.is_cuda:
+        return _uncompiled_attention(query, key, value, boundaries, keep, sizes)  # pyright: ignore[reportCallIssue]
+    scale = sizes.head_dim**-0.5
+    attended = torch.ops.medqlora.question_attention(
+        query, key, value, boundaries, sizes.num_heads, scale, sizes.prefix_length
+    )[0]
+    return attended if keep is None else attended.index_select(0, keep)
 
 
 @torch.compiler.disable
 def _uncompiled_attention(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, sizes: Sizes
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    keep: Tensor | None,
+    sizes: Sizes,
 ) -> Tensor:
     """On the CPU every row has a layout of other shapes."""
-    query, key, value = (t.unflatten(1, (-1, sizes.head_dim)) for t in (query, key, value))
-    scale, length = sizes.head_dim**-0.5, query.shape[0]
-    out = packed_attention(query, key, value, boundaries, length, scale, sizes.prefix_length)
-    return out.flatten(1)
+    q, k, v = (t.unflatten(1, (-1, sizes.head_dim)) for t in (query, key, value))
+    scale, prefix = sizes.head_dim**-0.5, sizes.prefix_length
+    if keep is None:
+        return packed_attention(q, k, v, boundaries, len(q), scale, prefix).flatten(1)
+    return kept_attention(q, k, v, keep, boundaries, scale, prefix).flatten(1)
 
 
 def mlp_block(
@@ -416,21 +430,16 @@ def geglu(
 
 
 def rotate(
-    query: Float[Tensor, "token width"],
-    key: Float[Tensor, "token kv_width"],
+    x: Float[Tensor, "token width"],
     cosine: Float[Tensor, "token half"],
     sine: Float[Tensor, "token half"],
-) -> tuple[Float[Tensor, "token width"], Float[Tensor, "token kv_width"]]:
+) -> Float[Tensor, "token width"]:
     """Rotary position embedding of each head: Su et al. 2021, arXiv:2104.09864."""
     cosine, sine = cosine[:, None], sine[:, None]
-
-    def rotated(x: Tensor) -> Tensor:
-        halves = x.unflatten(-1, (-1, 2, cosine.shape[-1]))
-        first, second = halves[:, :, 0], halves[:, :, 1]
-        turned = [first * cosine - second * sine, second * cosine + first * sine]
-        return torch.stack(turned, dim=2).flatten(1)
-
-    return rotated(query), rotated(key)
+    halves = x.unflatten(-1, (-1, 2, cosine.shape[-1]))
+    first, second = halves[:, :, 0], halves[:, :, 1]
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return torch.stack(turned, dim=2).flatten(1)
 
 
 def _linear(x: Tensor, linear: Linear, out_features: int, in_features: int, sizes: Sizes) -> Tensor:

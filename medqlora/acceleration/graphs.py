@@ -127,7 +127,7 @@ class RecordedPasses:
     Args:
         forward: `(row, max_length, prefix_length)` to hidden states.
         model: What learns.
-        demanded: Whether a pass that cannot be recorded is an error; it just runs if not.
+        demanded: Whether a pass that waits for the device is an error; it just runs if not.
     """
 
     def __init__(
@@ -167,6 +167,21 @@ class RecordedPasses:
         self._recorded.clear()
 
 
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """An operation that waits for the device raises, as it would where it is recorded."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
 class RecordedPass:
     """A forward and a backward pass recorded as CUDA graphs, replayed for rows of the same shapes.
 
@@ -176,7 +191,9 @@ class RecordedPass:
         parameters: Weights whose gradients are wanted.
 
     Raises:
-        ConfigError: If something in the pass cannot be recorded.
+        ConfigError: If the pass waits for the device, which cannot be recorded.
+        TrainingError: If recording fails all the same. What torch knows of its generator and of
+            its memory is wrong then, so nothing should go on in this process.
     """
 
     def __init__(
@@ -204,12 +221,17 @@ class RecordedPass:
         with one_stream(device):
             # What is dropped afterwards does not depend on whether this pass was recorded before.
             with torch.random.fork_rng([device]):
-                for _ in range(2):  # compiles, and allocates what is allocated once
-                    out = forward(self._row)
-                    gradients = gradients_in_blocks(out, self.parameters, torch.zeros_like(out))
-                    pairs = zip(self.parameters, gradients, strict=True)
-                    self.parameters = [p for p, gradient in pairs if gradient is not None]
-                    del out, gradients, pairs
+                self._run(forward)  # compiles, and allocates what is allocated once
+                try:
+                    with _waiting_is_an_error():
+                        self._run(forward)
+                except RuntimeError as error:
+                    if "synchronizing" not in str(error):
+                        raise
+                    raise ConfigError(
+                        "acceleration.compile=cuda_graphs cannot record a pass of this model: it "
+                        f"{_first_line(error)}. Set acceleration.compile=default."
+                    ) from error
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()  # the recorded passes have memory of their own
             try:
@@ -223,12 +245,19 @@ class RecordedPass:
                 for told in (error, error.__context__):
                     if told is not None and is_out_of_memory(told):
                         raise torch.OutOfMemoryError(str(told)) from error
-                raise ConfigError(
+                raise TrainingError(
                     "acceleration.compile=cuda_graphs could not record a pass of this model "
-                    f"({str(error).strip().splitlines()[0]}). Set acceleration.compile=default."
+                    f"({_first_line(error)}). Set acceleration.compile=default."
                 ) from error
         self._out = self._out.detach()
         self.number = 0
+
+    def _run(self, forward: Callable[[Row], Tensor]) -> None:
+        """Both passes once; afterwards `parameters` are those that have a gradient."""
+        out = forward(self._row)
+        gradients = gradients_in_blocks(out, self.parameters, torch.zeros_like(out))
+        pairs = zip(self.parameters, gradients, strict=True)
+        self.parameters = [p for p, gradient in pairs if gradient is not None]
 
     def __call__(self, row: Row) -> Tensor:
         """What `forward` gives for a row, tied to the gradients of the parameters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ class Weighted(torch.nn.Module):
 def recording(monkeypatch):
     """CUDA graphs that record nothing, or end with an error; the generator of the CPU."""
     errors: list[BaseException] = []
+    mode: list[Any] = [0]
 
     @contextlib.contextmanager
     def record(graph, **options):
@@ -67,6 +69,8 @@ def recording(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
     monkeypatch.setattr(graphs, "_stream", lambda device: None)
     return errors
 
@@ -88,7 +92,7 @@ def test_what_is_tried_before_recording_draws_nothing(recording):
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (RuntimeError("Cannot copy while a stream is capturing\nat ..."), ConfigError),
+        (RuntimeError("Cannot copy while a stream is capturing\nat ..."), TrainingError),
         (RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError),
         (torch.OutOfMemoryError("Tried to allocate 2 GiB"), torch.OutOfMemoryError),
     ],
@@ -103,13 +107,32 @@ def test_why_a_pass_was_not_recorded_is_told(recording, error, kind):
     assert is_out_of_memory(told.value) == (kind is torch.OutOfMemoryError)
 
 
-def test_a_pass_that_cannot_be_recorded_runs_where_that_was_not_demanded(recording, caplog):
-    recording.append(RuntimeError("Cannot copy while a stream is capturing"))
-    model = Weighted()
+class Waiting(Weighted):
+    """Waits for the device, which torch refuses where that is asked for."""
+
+    def forward(self, row, max_length, prefix_length):
+        if torch.cuda.get_sync_debug_mode() == "error":
+            raise RuntimeError("called a synchronizing CUDA operation\nat ...")
+        return super().forward(row, max_length, prefix_length)
+
+
+def test_a_pass_that_waits_runs_where_recording_was_not_demanded(recording, caplog):
+    """Nothing is recorded for it: recording that fails leaves torch in disorder."""
+    recording.append(AssertionError("recorded"))
+    model = Waiting()
+    with pytest.raises(ConfigError, match=r"cannot record .* it called a synchronizing CUDA"):
+        graphs.RecordedPasses(model, model)(ROW, 4, 0)
     passes = graphs.RecordedPasses(model, model, demanded=False)
     for _ in range(2):
         assert passes(ROW, 4, 0).grad_fn is not None
-    assert caplog.text.count("could not record a pass of this model (Cannot copy") == 1
+    assert caplog.text.count("cannot record a pass of this model: it called a sync") == 1
+
+
+def test_where_recording_fails_nothing_goes_on(recording):
+    recording.append(RuntimeError("CUDA error: operation not permitted"))
+    model = Weighted()
+    with pytest.raises(TrainingError, match=r"could not record .*Set acceleration.compile=default"):
+        graphs.RecordedPasses(model, model, demanded=False)(ROW, 4, 0)
 
 
 def test_a_pass_that_ran_again_before_its_backward_pass_is_refused(recording):
