@@ -12,7 +12,7 @@ from medqlora.acceleration.backbone import (
     last_hidden,
     prepare_for_training,
 )
-from medqlora.acceleration.compilation import Acceleration, accelerate
+from medqlora.acceleration.compilation import Acceleration, accelerate, make_room
 from medqlora.acceleration.graphs import one_stream
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "find_backbone",
     "hidden_states",
     "last_hidden",
+    "make_room",
     "one_stream",
     "packed_attention",
     "prepare_for_training",

@@ -154,6 +154,10 @@ class RecordedLayers:
             and not (adapter.disable_adapters or adapter.merged)
         )
 
+    def forget(self) -> None:
+        """Let go of what was recorded."""
+        self._passes.clear()
+
     def __call__(self, batch: PackedBatch, keep: Tensor | None) -> Float[Tensor, "kept width"]:
         """Hidden states of the tokens to keep, or of all with None, after the final norm."""
         return self._passes(Row.of(batch, keep), batch.max_length, batch.prefix_length)

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from medqlora.acceleration.backbone import (
+    RUN_AS,
     Checkpointing,
     RecordedLayers,
     drops_inputs,
     find_backbone,
     run_as,
 )
-from medqlora.acceleration.folding import is_whole, quant_state, why_not_fused
+from medqlora.acceleration.folding import compute_dtype, is_whole, quant_state, why_not_fused
 from medqlora.acceleration.fused import enable_fused
+from medqlora.acceleration.memory import scoring_bytes
 from medqlora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -199,6 +201,25 @@ def accelerate(
     demanded = options.compile == "cuda_graphs"
     run_as(model, RecordedLayers(model, demanded=demanded) if mode == "cuda_graphs" else None)
     return f"plain layers ({reason}), compile={mode}"
+
+
+def make_room(model: nn.Module, token_budget: int) -> None:
+    """Let go of recorded passes where rows that are scored need their memory; on CUDA only.
+
+    Args:
+        model: As for `accelerate`.
+        token_budget: Tokens of a row that is scored.
+    """
+    backbone: Any = find_backbone(model)
+    device, way = next(backbone.parameters()).device, getattr(backbone, RUN_AS, None)
+    if device.type != "cuda" or way is None:
+        return
+    torch.cuda.empty_cache()
+    dtype = compute_dtype(backbone.layers[0].self_attn.q_proj)
+    needed = scoring_bytes(backbone.config, token_budget, dtype.itemsize)
+    if torch.cuda.mem_get_info(device)[0] < needed:
+        way.forget()
+        torch.cuda.empty_cache()
 
 
 def _why_not_recorded(model: nn.Module, options: Acceleration, fused: bool) -> str | None:

@@ -201,6 +201,11 @@ class FusedBackbone:
             for module, folded in zip(now, self._folded, strict=True)
         )
 
+    def forget(self) -> None:
+        """Let go of what was recorded."""
+        if self._recorded is not None:
+            self._recorded.clear()
+
     def __call__(self, batch: PackedBatch, keep: Tensor | None) -> Float[Tensor, "kept width"]:
         """Hidden states of the tokens to keep, or of all with None, after the final norm."""
         run = self._recorded or self.forward
@@ -288,8 +293,7 @@ class FusedBackbone:
             )
             # In the type that transformers hands to attention.
             self._angles = angles.cos().to(self.sizes.dtype), angles.sin().to(self.sizes.dtype)
-            if self._recorded is not None:
-                self._recorded.clear()  # which read the shorter ones
+            self.forget()  # passes that read the shorter ones
         cosine, sine = self._angles
         return cosine[positions], sine[positions]
 

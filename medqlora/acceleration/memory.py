@@ -215,9 +215,6 @@ def estimate_training_memory(
 def scoring_tokens(shape: Any, memory: float, compute_bytes: int = 2) -> int:
     """Longest row whose scoring takes a quarter of a device's memory, beside the weights.
 
-    A row of T tokens needs T b (3 m + 4 d) bytes in the layer under way, in the terms of
-    `estimate_training_memory`.
-
     Args:
         shape: As for `estimate_training_memory`.
         memory: Of the device, in bytes.
@@ -226,13 +223,30 @@ def scoring_tokens(shape: Any, memory: float, compute_bytes: int = 2) -> int:
     Returns:
         Tokens, a power of two, `MOST_SCORING_TOKENS` at most.
     """
-    a_token = compute_bytes * (
-        3 * int(_get(shape, "intermediate_size")) + 4 * int(_get(shape, "hidden_size"))
-    )
     tokens = MOST_SCORING_TOKENS
-    while tokens > 256 and tokens * a_token > memory / 4:
+    while tokens > 256 and scoring_bytes(shape, tokens, compute_bytes) > memory / 4:
         tokens //= 2
     return tokens
+
+
+def scoring_bytes(shape: Any, token_budget: int, compute_bytes: int = 2) -> int:
+    """What scoring a row takes beside the weights, in the layer under way.
+
+    T b (3 m + 4 d) in the terms of `estimate_training_memory`.
+
+    Args:
+        shape: As for `estimate_training_memory`.
+        token_budget: Tokens of the row.
+        compute_bytes: Bytes of a number in `quant.compute_dtype`.
+
+    Returns:
+        Bytes.
+    """
+    of_mlp, of_hidden = (
+        3 * int(_get(shape, "intermediate_size")),
+        4 * int(_get(shape, "hidden_size")),
+    )
+    return token_budget * compute_bytes * (of_mlp + of_hidden)
 
 
 def _get(shape: Any, key: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from medqlora.acceleration import last_hidden
+from medqlora.acceleration import last_hidden, make_room
 from medqlora.errors import CheckpointError
 from medqlora.evaluation.metrics import LetterMetrics, PredictionCollector
 from medqlora.evaluation.scoring import letter_scores
@@ -168,6 +168,12 @@ class MCQAModule(LightningModule):
     ) -> tuple[Int[Tensor, " question"], Float[Tensor, "question letter"]]:
         """Row numbers and letter scores; -1 marks an empty place."""
         return batch.index, self(batch)
+
+    def on_validation_start(self) -> None:
+        """Let go of recorded passes where the rows of val need their memory."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if (tokens := getattr(data, "eval_token_budget", None)) is not None:
+            make_room(self.model, tokens)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the predictions of the previous validation."""

@@ -97,6 +97,11 @@ MIN_8BIT = 4096
 """Numbers below which bitsandbytes keeps the states of a tensor in 32 bit."""
 
 
+MAX_JOINED_BYTES = 16 << 20
+"""Size from which a tensor is updated by itself: that takes longer than the call, and joined with
+others its gradient would be there twice."""
+
+
 @functools.cache
 def _in_one_go(optimizer_class: type[Optimizer]) -> type[Optimizer]:
     """An optimiser of bitsandbytes that takes an update with few calls, none of which waits.
@@ -104,7 +109,8 @@ def _in_one_go(optimizer_class: type[Optimizer]) -> type[Optimizer]:
     It calls a kernel for every tensor and waits for the device after each: for the 252 of a LoRA
     on Gemma-2B that takes longer than both passes of a row of 2,048 tokens. Here the tensors of a
     group lie end to end in one, and the parameters are views of it. Only tensors of whole blocks
-    are joined, so no block of 8-bit states crosses a border and the numbers are the same. Paged
+    are joined, so no block of 8-bit states crosses a border and the numbers are the same, and none
+    of `MAX_JOINED_BYTES` or more. Paged
     states are read by the processor when a checkpoint is taken, so there, and only there, the
     device is waited for.
     """
@@ -122,7 +128,8 @@ def _in_one_go(optimizer_class: type[Optimizer]) -> type[Optimizer]:
             kinds: dict[Any, list[nn.Parameter]] = {}
             for p in parameters:
                 whole_blocks = p.numel() % BLOCK == 0 and p.numel() >= MIN_8BIT
-                kinds.setdefault((p.dtype, p.device) if whole_blocks else p, []).append(p)
+                joined = whole_blocks and p.nbytes < MAX_JOINED_BYTES
+                kinds.setdefault((p.dtype, p.device) if joined else p, []).append(p)
             result = []
             for members in kinds.values():
                 if len(members) == 1:

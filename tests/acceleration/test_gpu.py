@@ -17,12 +17,14 @@ from medqlora.acceleration import (
     cover_padding,
     hidden_states,
     last_hidden,
+    make_room,
     packed_attention,
     prepare_for_training,
 )
 from medqlora.acceleration.backbone import find_backbone
 from medqlora.acceleration.folding import why_not_fused
 from medqlora.acceleration.fused import FusedBackbone
+from medqlora.acceleration.memory import scoring_bytes
 from medqlora.errors import ConfigError
 from tests.acceleration import fast_path
 from tests.acceleration.fast_path import BUDGET, distance, relative, run
@@ -290,6 +292,30 @@ def test_recorded_gradients_add_up_and_stay(adapted, name):
         if p.requires_grad:
             expected = sum(gradients[name].double() for gradients in separate)
             assert relative(p.grad, expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["cuda_graphs", "plain_cuda_graphs"])
+def test_recorded_passes_make_room_for_scoring_where_there_is_none(adapted, name):
+    def free() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    row, model, tokens = rows(1, times=32)[0], set_up(adapted, FAST[name]), 1 << 20
+    config = find_backbone(model).config
+    before = run(model, row)
+    there, of_row = free(), 2 * len(row.input_ids) * config.hidden_size
+    make_room(model, tokens)
+    assert free() < there + of_row
+    left = scoring_bytes(config, tokens) // 2
+    taken = torch.empty(free() - left, dtype=torch.uint8, device="cuda")
+    there = free()
+    make_room(model, tokens)
+    assert free() > there + 4 * of_row
+    del taken
+    after = run(model, row)
+    assert torch.equal(after[0], before[0])
+    for parameter, gradient in before[1].items():
+        assert torch.equal(after[1][parameter], gradient), parameter
 
 
 def test_what_cannot_be_recorded_is_told_in_a_line(adapted):

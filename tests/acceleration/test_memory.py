@@ -64,9 +64,15 @@ def test_measured_peaks_of_other_options_are_met(token_budget, options, measured
 
 
 def test_the_measured_peak_of_full_finetuning_is_met():
-    """By `benchmarks/matrix.py --quant none --peft full acceleration.compile=none`, H200."""
+    """By `benchmarks/matrix.py --quant none --peft full`, not compiled and compiled, H200.
+
+    The paged states of the optimiser are outside the allocator.
+    """
     estimate = estimate_training_memory(GEMMA_2B, token_budget=2048, trains_base=True, fused=False)
-    assert estimate.total_gb == pytest.approx(24.96, rel=0.07)
+    assert estimate.optimizer_gb == pytest.approx(2 * 1.98, rel=0.01)
+    for measured_gb in (20.25, 18.06):
+        peak_gb = measured_gb + estimate.optimizer_gb
+        assert estimate.total_gb == pytest.approx(peak_gb, rel=0.1)
 
 
 NO_LORA = {"r": 0, "targets": ()}

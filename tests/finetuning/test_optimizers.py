@@ -61,10 +61,11 @@ def test_each_optimiser_takes_two_steps_and_goes_on_after_a_save(
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW32bit", "Lion8bit"])
-def test_joined_tensors_are_updated_as_if_each_stood_alone(name):
-    """Bit for bit; a tensor that would share a block with another stands alone."""
+def test_joined_tensors_are_updated_as_if_each_stood_alone(name, monkeypatch):
+    """Bit for bit; what would share a block with another stands alone, and what is large."""
+    monkeypatch.setattr(optimizers, "MAX_JOINED_BYTES", 4 * 128 * 128)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(64, 64), (16, 512), (5000,), (16, 8), (64, 128)]
+    shapes = [(64, 64), (16, 512), (5000,), (16, 8), (64, 128), (128, 128), (128, 128)]
     start = [torch.randn(*shape, generator=generator) for shape in shapes]
     ours = [torch.nn.Parameter(t.clone()) for t in start]
     theirs = [torch.nn.Parameter(t.clone()) for t in start]
@@ -78,7 +79,7 @@ def test_joined_tensors_are_updated_as_if_each_stood_alone(name):
     plain = getattr(bitsandbytes.optim, name)(theirs, **options)
     for group in joined.param_groups:  # vectors do not decay: let them here, as plain does
         group["weight_decay"] = 0.01
-    assert sum(len(group["params"]) for group in joined.param_groups) == 3
+    assert sum(len(group["params"]) for group in joined.param_groups) == 5
     for _ in range(3):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator)
