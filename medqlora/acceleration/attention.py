@@ -244,11 +244,15 @@ class _ShortAttention(torch.autograd.Function):
                 for t in (query, key, value)
             )
             weights = torch.empty(*q.shape[:2], k.shape[1])
-            torch.baddbmm(weights, q, k.mT, beta=0, alpha=scale, out=weights)
-            weights += _causal_mask(SHORT, q.shape[1] // k.shape[1])[:, : q.shape[1], : k.shape[1]]
-            torch.softmax(weights, -1, out=weights)
-            _write(out[place].unflatten(0, lines), torch.bmm(weights, v))
-            kept += [q, k, v, weights]
+            with torch.autocast("cpu", enabled=False):
+                torch.baddbmm(weights, q, k.mT, beta=0, alpha=scale, out=weights)
+                weights += _causal_mask(SHORT, q.shape[1] // k.shape[1])[
+                    :, : q.shape[1], : k.shape[1]
+                ]
+                torch.softmax(weights, -1, out=weights)
+                _write(out[place].unflatten(0, lines), torch.bmm(weights, v))
+            if any(ctx.needs_input_grad):
+                kept += [q, k, v, weights]
         ctx.save_for_backward(*kept)
         return _taken(out, layout.place, query.shape[0])
 
@@ -264,16 +268,17 @@ class _ShortAttention(torch.autograd.Function):
         for place, lines in layout.batches():
             q, k, v, weights = (next(kept) for _ in range(4))
             g = _by_key(of_out[place].float().unflatten(0, lines), num_kv_heads)
-            of_scores = torch.bmm(g, v.mT)
-            torch.ops.aten._softmax_backward_data.out(
-                of_scores, weights, -1, weights.dtype, grad_input=of_scores
-            )
-            for whole, gradient in (
-                (of_query, torch.baddbmm(q, of_scores, k, beta=0, alpha=scale)),
-                (of_key, torch.baddbmm(k, of_scores.mT, q, beta=0, alpha=scale)),
-                (of_value, torch.bmm(weights.mT, g)),
-            ):
-                _write(whole[place].unflatten(0, lines), gradient)
+            with torch.autocast("cpu", enabled=False):
+                of_scores = torch.bmm(g, v.mT)
+                torch.ops.aten._softmax_backward_data.out(
+                    of_scores, weights, -1, weights.dtype, grad_input=of_scores
+                )
+                for whole, gradient in (
+                    (of_query, torch.baddbmm(q, of_scores, k, beta=0, alpha=scale)),
+                    (of_key, torch.baddbmm(k, of_scores.mT, q, beta=0, alpha=scale)),
+                    (of_value, torch.bmm(weights.mT, g)),
+                ):
+                    _write(whole[place].unflatten(0, lines), gradient)
         gradients = (_gathered(t, layout, grad.shape[0]) for t in (of_query, of_key, of_value))
         return *gradients, None, None
 
@@ -318,20 +323,22 @@ def kept_attention(
         Attention outputs of these tokens.
     """
     layout = _layout_of(cu_seqlens, prefix_length)  # pyright: ignore[reportCallIssue]
-    places, kv_heads, width = layout.place[keep], key.shape[1], query.shape[2]
+    places, (_, heads, width), kv_heads = layout.place[keep], query.shape, key.shape[1]
     keys, values = (_laid_out(t, layout) for t in (key, value))
     attended, order = [], []
     for (batch, (_, length)), k, v in zip(layout.batches(), keys, values, strict=True):
         here = ((places >= batch.start) & (places < batch.stop)).nonzero()[:, 0]
         inside = places[here] - batch.start
         line, last = inside // length, inside % length
-        q = query.index_select(0, here).float().view(len(here) * kv_heads, -1, width)
+        q = query.index_select(0, here).float()
+        q = q.view(len(here) * kv_heads, heads // kv_heads, width)
         k, v = (_by_key(t.index_select(0, line).float(), kv_heads) for t in (k, v))
         unseen = (
             torch.arange(length, device=keep.device) > last.repeat_interleave(kv_heads)[:, None]
         )
-        scores = torch.bmm(q * scale, k.mT).masked_fill(unseen[:, None], float("-inf"))
-        attended.append(torch.bmm(scores.softmax(-1), v).view(len(here), -1, width))
+        with torch.autocast(keep.device.type, enabled=False):
+            scores = torch.bmm(q * scale, k.mT).masked_fill(unseen[:, None], float("-inf"))
+            attended.append(torch.bmm(scores.softmax(-1), v).view(len(here), heads, width))
         order.append(here)
     back = torch.cat(order).argsort()
     return torch.cat(attended).index_select(0, back).to(query.dtype)
