@@ -373,30 +373,21 @@ def _attention(
     sizes: Sizes,
 ) -> Tensor:
     """Of the tokens to keep; on the CPU `query` is theirs alone."""
-    if not query.is_cuda:
-        return _uncompiled_attention(query, key, value, boundaries, keep, sizes)  # pyright: ignore[reportCallIssue]
-    scale = sizes.head_dim**-0.5
-    attended = torch.ops.medqlora.question_attention(
-        query, key, value, boundaries, sizes.num_heads, scale, sizes.prefix_length
-    )[0]
-    return attended if keep is None else attended.index_select(0, keep)
-
-
-@torch.compiler.disable
-def _uncompiled_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: Tensor,
-    keep: Tensor | None,
-    sizes: Sizes,
-) -> Tensor:
-    """On the CPU every row has a layout of other shapes."""
-    q, k, v = (t.unflatten(1, (-1, sizes.head_dim)) for t in (query, key, value))
     scale, prefix = sizes.head_dim**-0.5, sizes.prefix_length
+    if query.is_cuda:
+        attended = torch.ops.medqlora.question_attention(
+            query, key, value, boundaries, sizes.num_heads, scale, prefix
+        )[0]
+        return attended if keep is None else attended.index_select(0, keep)
+    q, k, v = (t.unflatten(1, (-1, sizes.head_dim)) for t in (query, key, value))
     if keep is None:
-        return packed_attention(q, k, v, boundaries, len(q), scale, prefix).flatten(1)
-    return kept_attention(q, k, v, keep, boundaries, scale, prefix).flatten(1)
+        return _attend(q, k, v, boundaries, len(q), scale, prefix).flatten(1)
+    return _attend_kept(q, k, v, keep, boundaries, scale, prefix).flatten(1)
+
+
+# On the CPU every row has a layout of other shapes.
+_attend: Any = torch.compiler.disable(packed_attention)
+_attend_kept: Any = torch.compiler.disable(kept_attention)
 
 
 def mlp_block(
